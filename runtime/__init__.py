@@ -1,0 +1,1 @@
+"""The reasoning runtime on one device."""

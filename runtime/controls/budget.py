@@ -1,0 +1,164 @@
+"""Budget forcing: thinking of at least, at most, or longer than the model wants.
+
+Source: "s1: Simple test-time scaling" (arXiv 2501.19393), README rule: the remaining budget goes down over all rounds.
+Where we deviate: `Wait` starts a line of its own when the text before it does not end in white space; a cut waits
+for a whole character and prefers a line end shortly before the limit; a repeated 64-gram may count as the limit; an
+end of generation inside the block closes the block instead of losing the answer.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..engine import Row
+from ..errors import ControlError
+from ..sequence import Origin, Sequence
+from .control import Action, Bias, Control, Force, Note, Parameters, Rewrite, Setup, parameter
+
+_N_BROKEN = 8
+"""Tokens past the limit that a character may stay incomplete before the cut is made all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetParameters(Parameters):
+    control: ClassVar[str] = "budget"
+    max: int = parameter(4096, "most sampled thinking tokens in one block; 0 answers at once", 0)
+    total: int = parameter(0, "most sampled thinking tokens in the whole reply; 0 for the same as max", 0)
+    min: int = parameter(0, "thinking tokens below which the end of thinking is replaced by the wait text", 0)
+    ignore: int = parameter(0, "how many times the end of thinking is replaced by the wait text", 0, 100)
+    wait: str = parameter("Wait", "text that replaces an ignored end; empty to only drop the end")
+    lead: bool = parameter(True, "write the format's final-answer lead-in after a cut")
+    slack: int = parameter(32, "cut at a line end this many tokens before the limit", 0)
+    repeat: int = parameter(0, "cut when this many tokens stand twice in a block; 0 never looks", 0)
+
+    def __post_init__(self) -> None:
+        Parameters.__post_init__(self)
+        if self.min > self.max or (self.total and self.min > self.total):
+            limit = self.max if self.min > self.max else self.total
+            raise ControlError(f"budget: min is {self.min}, above the most thinking of {limit}; lower min or raise max")
+
+
+class BudgetForcing(Control):
+    name = "budget"
+    summary = "thinking is cut at a limit, or goes on past the end that the model wants"
+    source = "s1, arXiv 2501.19393"
+    Parameters = BudgetParameters
+    parameters: BudgetParameters
+
+    def __init__(self, parameters: BudgetParameters, setup: Setup) -> None:
+        super().__init__(parameters, setup)
+        self.counters = {"ignored": 0, "cuts": 0, "closed_at_end": 0}
+        self._total = parameters.total or parameters.max
+        self._is_cutting = False
+        self._is_ban_due = False
+        self._stops: np.ndarray | None = None
+        self._seen: set[int] = set()
+        self._n_blocks = 0
+
+    def begin(self, sequence: Sequence) -> Iterable[Action]:
+        return self._limit(sequence)
+
+    def adjust(self, sequence: Sequence, logits: Row) -> Bias | None:
+        if not self._is_ban_due:
+            return None
+        self._is_ban_due = False  # s1's min_tokens = 1: the end may not come straight back
+        return Bias(self._stop_ids())
+
+    def observe(self, sequence: Sequence, token: int) -> Iterable[Action]:
+        if not sequence.is_thinking:
+            is_own = sequence.is_closing and not self._is_cutting and sequence.origins[-1] is Origin.SAMPLED
+            self._is_cutting = False
+            return self._ignore(sequence, sequence.closed_at, sequence.closed_kept) if is_own else ()
+        if self._is_cutting:
+            return ()
+        if sequence.is_ending:
+            return self._ended(sequence)
+        return self._limit(sequence)
+
+    def _remaining(self, sequence: Sequence) -> int:
+        return min(self.parameters.max - sequence.n_block_thinking, self._total - sequence.counts.thinking)
+
+    def _limit(self, sequence: Sequence) -> Iterable[Action]:
+        """The cut, if it is due."""
+        if not sequence.is_thinking:
+            return ()
+        remaining = self._remaining(sequence)
+        if remaining <= 0 or sequence.is_hurried:
+            is_due = sequence.is_whole_text or remaining <= -_N_BROKEN
+            reason = "answer asked for" if sequence.is_hurried else "limit"
+        else:
+            slack = min(self.parameters.slack, self.parameters.max // 8)
+            is_line_end = remaining <= slack and sequence.thinking.endswith("\n") and sequence.n_block_thinking > 0
+            is_due, reason = (True, "line end near the limit") if is_line_end else (self._repeats(sequence), "repetition")
+        return self._cut(sequence, reason) if is_due else ()
+
+    def _cut(self, sequence: Sequence, reason: str) -> Iterable[Action]:
+        self._is_cutting = True
+        self.counters["cuts"] = int(self.counters["cuts"]) + 1
+        lead = self.setup.format.lead if self.parameters.lead else ""
+        return (
+            Force(self._closing(sequence, lead), is_urgent=True),
+            Note(f"thinking cut after {sequence.counts.thinking} tokens: {reason}"),
+        )
+
+    def _closing(self, sequence: Sequence, lead: str) -> tuple[int, ...]:
+        newline = "" if sequence.thinking.endswith("\n") else "\n"
+        text = newline + self.setup.format.close.lstrip("\n") + lead
+        return tuple(self.setup.tokenizer.encode(text, special=True))
+
+    def _ended(self, sequence: Sequence) -> Iterable[Action]:
+        """The model ended its reply inside the block: ignore it, or close the block so that an answer follows."""
+        position = len(sequence.tokens) - 1
+        ignored = self._ignore(sequence, position, "")
+        if ignored:
+            return ignored
+        self._is_cutting = True
+        self.counters["closed_at_end"] = int(self.counters["closed_at_end"]) + 1
+        return (
+            Rewrite(position),
+            Force(self._closing(sequence, ""), is_urgent=True),
+            Note("the reply ended inside the thinking: block closed"),
+        )
+
+    def _ignore(self, sequence: Sequence, position: int | None, kept: str) -> tuple[Action, ...]:
+        """Take an end of thinking back and write the wait text in its place, if that is due."""
+        is_short = sequence.counts.thinking < self.parameters.min
+        is_wanted = int(self.counters["ignored"]) < self.parameters.ignore
+        if position is None or not (is_short or is_wanted) or self._remaining(sequence) <= 0 or sequence.is_hurried:
+            return ()
+        self.counters["ignored"] = int(self.counters["ignored"]) + 1
+        self._is_ban_due = True
+        tokens = tuple((token, Origin.SAMPLED) for token in self.setup.tokenizer.encode(kept)) if kept else ()
+        gap = "" if not sequence.thinking or sequence.thinking[-1].isspace() else "\n"
+        wait = self.setup.tokenizer.encode(gap + self.parameters.wait) if self.parameters.wait else []
+        return (
+            Rewrite(position, tokens),
+            Force(tuple(wait)),
+            Note(f"end of thinking ignored ({self.counters['ignored']}) after {sequence.counts.thinking} tokens"),
+        )
+
+    def _stop_ids(self) -> np.ndarray:
+        """First ids of the closing tags, and all ends of generation."""
+        if self._stops is None:
+            tokenizer, key = self.setup.tokenizer, ("budget", self.setup.format.name)
+            if key not in self.setup.memo:
+                ends = [token for token in range(tokenizer.n_vocab) if tokenizer.is_end(token)]
+                tags = [tokenizer.encode(tag, special=True)[0] for tag in self.setup.format.closes]
+                self.setup.memo[key] = np.unique(np.array(ends + tags, dtype=np.intp))
+            self._stops = self.setup.memo[key]
+        return self._stops
+
+    def _repeats(self, sequence: Sequence) -> bool:
+        n = self.parameters.repeat
+        if self._n_blocks != sequence.n_blocks:
+            self._n_blocks = sequence.n_blocks
+            self._seen.clear()
+        if not n or sequence.n_block_thinking < n:
+            return False
+        key = hash(tuple(sequence.tokens[-n:]))
+        if key in self._seen:
+            return True
+        self._seen.add(key)
+        return False

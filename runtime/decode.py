@@ -1,0 +1,474 @@
+"""The decode loop, the only one in the project: from sequences to events.
+
+A step of the loop is: take waiting requests in, evaluate one batch of what each sequence has not yet evaluated, and
+for each sequence whose logits came back take the next token. A token passes its sequence's controls; what they ask for
+(`Force`, `Rewrite`, `Probe`, `Stop`, `Note`) is carried out here and nowhere else. Continuous thinking would add one
+more action, `Blend`, that puts a mixture of token embeddings in the place of the next token's.
+
+The order within a step is that of composition: raw logits, biases of the controls, sampling, tracking of the phase,
+observation; then urgent force (a hard cut), rewrite, force, probe. A forced token waits for no logits: all that wait
+join the context at once and are evaluated together.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .controls.control import Action, Control, Force, Note, Probe, Reading, Rewrite, Stop
+from .engine import Batch, Engine, Row, Span
+from .errors import ContextFull, PromptTooLong
+from .events import Event, Finished, Noted, Prefilled, Token
+from .phase import PhaseTracker
+from .sampler import entropy
+from .sequence import Origin, Phase, Sequence
+from .tokenizer import StreamDecoder, Tokenizer
+
+_SHORTEST_SHARED = 8
+"""Prefixes shorter than this are evaluated again rather than forked."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A sequence with all that acts on it. `sample` takes the row of logits to a token id."""
+
+    sequence: Sequence
+    tracker: PhaseTracker
+    sample: Callable[[Row], int]
+    controls: list[Control] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """One sequence in the engine: a request's own, or a probe beside it."""
+
+    sequence: Sequence
+    request: Request
+    probe: Probe | None = None
+    reader: Control | None = None
+    texts: list[str] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    decoder: StreamDecoder = field(default_factory=StreamDecoder)
+    leader: "_Row | None" = None
+    """A row whose evaluated prompt this one will share as soon as it reaches `n_shared`."""
+    n_shared: int = 0
+    adjusters: list[Control] = field(default_factory=list)
+    observers: list[Control] = field(default_factory=list)
+
+    @property
+    def n_pending(self) -> int:
+        return len(self.sequence.tokens) - self.sequence.n_evaluated
+
+
+def decode(
+    engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request], n_parallel: int | None = None
+) -> Iterator[Event]:
+    """Decode all requests, at most `n_parallel` at a time, and yield what happens as it happens.
+
+    Requests are taken from the iterable as there is room, so it may be endless. Closing the generator ends everything
+    and frees the engine; a sequence is ended from outside by `Sequence.cancel`. Prompts are evaluated in pieces of
+    `engine.n_batch` tokens with an event between two pieces. Raises PromptTooLong and whatever the engine raises.
+    """
+    loop = _Loop(engine, tokenizer, iter(requests), min(n_parallel or engine.n_sequences, engine.n_sequences))
+    try:
+        while True:
+            yield from loop.admit()
+            if not loop.rows:
+                return
+            yield from loop.step()
+    finally:
+        loop.release()
+
+
+class _Loop:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, requests: Iterator[Request], n_parallel: int) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.requests: Iterator[Request] = requests
+        self.n_parallel = n_parallel
+        self.rows: list[_Row] = []
+        self._evicted: deque[_Row] = deque()
+        self._is_tight = False
+        self._free = list(reversed(range(engine.n_sequences)))
+        self._donor: tuple[int, list[int]] | None = None
+        """Slot and tokens of the latest ended prompt: the next one often begins alike."""
+        self._ended: list[tuple[_Row, str]] = []
+
+    # --- in and out of the engine -------------------------------------------------------------------------------
+
+    def admit(self) -> Iterator[Event]:
+        """Take evicted rows back and new requests in while there is room."""
+        while sum(row.probe is None for row in self.rows) < self.n_parallel and (self._free or self._donor):
+            if self._evicted:
+                if self._is_tight and self.rows:
+                    return
+                row = self._evicted.popleft()
+                yield from self._start(row, is_new=False)
+            elif (request := next(self.requests, None)) is not None:
+                yield from self._start(_new_row(request), is_new=True)
+            else:
+                return
+
+    def _start(self, row: _Row, is_new: bool) -> Iterator[Event]:
+        sequence = row.sequence
+        if is_new:
+            limit = self.engine.n_context_sequence
+            if sequence.n_prompt >= limit:
+                raise PromptTooLong(
+                    f"the prompt has {sequence.n_prompt} tokens and the context holds {limit} with the reply; "
+                    f"shorten the prompt or give a larger context"
+                )
+            if sequence.cancelled:
+                yield from self._finish(row, sequence.cancelled)
+                return
+            self._follow(row)
+            for control in row.request.controls:
+                yield from self._act(row, control, control.begin(sequence))
+            yield from self._drain(row)
+        slot = self._take_slot()
+        assert slot is not None, "admit looks for a slot first"
+        sequence.slot = slot
+        self._share(row)
+        self.rows.append(row)
+        yield from self._settle()
+
+    def _take_slot(self) -> int | None:
+        if not self._free and self._donor:
+            self._drop_donor()
+        return self._free.pop() if self._free else None
+
+    def _drop_donor(self) -> None:
+        if self._donor:
+            self.engine.rewind(self._donor[0], 0)
+            self._free.append(self._donor[0])
+            self._donor = None
+
+    def _share(self, row: _Row) -> None:
+        """Fork the longest prefix that the donor or a running row has in common with this one, or wait for it."""
+        sequence = row.sequence
+        most = len(sequence.tokens) - 1
+        if self._donor:
+            slot, tokens = self._donor
+            n_shared = min(_common(tokens, sequence.tokens), most)
+            if n_shared >= _SHORTEST_SHARED and self.engine.can_rewind:
+                self.engine.fork(slot, sequence.slot, n_shared)
+                sequence.n_evaluated = n_shared
+        for other in self.rows:
+            if other.probe is None:
+                n_shared = min(_common(other.sequence.tokens, sequence.tokens), other.sequence.n_prompt - 1, most)
+                is_reachable = self.engine.can_rewind or other.sequence.n_evaluated <= n_shared
+                if n_shared >= _SHORTEST_SHARED + max(sequence.n_evaluated, row.n_shared) and is_reachable:
+                    row.leader, row.n_shared = other, n_shared
+
+    def _join_leader(self, row: _Row) -> bool:
+        """True once the row has nothing to wait for."""
+        leader = row.leader
+        if leader is None:
+            return True
+        if leader in self.rows and leader.sequence.n_evaluated < row.n_shared:
+            return False
+        row.leader = None
+        if leader in self.rows and (self.engine.can_rewind or leader.sequence.n_evaluated == row.n_shared):
+            self.engine.rewind(row.sequence.slot, 0)
+            self.engine.fork(leader.sequence.slot, row.sequence.slot, row.n_shared)
+            row.sequence.n_evaluated = row.n_shared
+        return True
+
+    def _leave(self, row: _Row) -> None:
+        """Free the row's cache, or keep its prompt for the next request."""
+        sequence, slot = row.sequence, row.sequence.slot
+        if row in self.rows:
+            self.rows.remove(row)
+        if slot < 0:
+            return
+        sequence.slot = -1
+        is_donor = row.probe is None and self.engine.can_rewind and sequence.n_evaluated >= sequence.n_prompt
+        if is_donor and not self._is_tight:
+            self._drop_donor()
+            self.engine.rewind(slot, sequence.n_prompt)
+            self._donor = (slot, sequence.tokens[: sequence.n_prompt])
+        else:
+            self.engine.rewind(slot, 0)
+            self._free.append(slot)
+        sequence.n_evaluated = 0
+
+    def release(self) -> None:
+        """Free everything."""
+        self._is_tight = True
+        for row in list(self.rows):
+            self._leave(row)
+        self._drop_donor()
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def step(self) -> Iterator[Event]:
+        """Evaluate one batch and take the tokens that it gives."""
+        spans, rows = self._batch()
+        try:
+            logits = self.engine.decode(spans)
+        except ContextFull:
+            yield from self._make_room()
+            return
+        i_logits = 0
+        chosen: list[tuple[_Row, int]] = []
+        for span, row in zip(spans, rows, strict=True):
+            sequence = row.sequence
+            sequence.n_evaluated += len(span.tokens)
+            if span.n_logits:
+                chosen.append((row, self._sample(row, logits[i_logits])))
+                i_logits += 1
+            elif row.probe is None:
+                yield Prefilled(sequence, sequence.n_evaluated, len(sequence.tokens))
+        # The rows are read before anything is yielded: a consumer that decodes elsewhere cannot spoil them.
+        for row, token in chosen:
+            if row.probe is not None:
+                yield from self._accept_probe(row, token)
+            elif not row.sequence.cancelled:
+                yield from self._accept(row, token, Origin.SAMPLED)
+                yield from self._drain(row)
+        yield from self._settle()
+
+    def _batch(self) -> tuple[Batch, list[_Row]]:
+        """What fits of what is pending: decoding rows first, then prompts, in order of admission."""
+        room = self.engine.n_batch
+        spans: Batch = []
+        rows: list[_Row] = []
+        for row in sorted(self.rows, key=lambda row: row.n_pending > 1) if len(self.rows) > 1 else self.rows:
+            if room == 0 or not self._join_leader(row):
+                continue
+            sequence = row.sequence
+            start = sequence.n_evaluated
+            end = min(len(sequence.tokens), start + room)
+            for other in self.rows:  # stop where a follower wants to fork
+                if other.leader is row and start < other.n_shared < end:
+                    end = other.n_shared
+            is_complete = end == len(sequence.tokens)
+            spans.append(Span(sequence.slot, start, sequence.tokens[start:end], int(is_complete)))
+            rows.append(row)
+            room -= end - start
+        return spans, rows
+
+    def _sample(self, row: _Row, logits: Row) -> int:
+        if row.probe is not None:
+            row.entropies.append(entropy(logits))
+            return int(logits.argmax())
+        biases = [bias for control in row.adjusters if (bias := control.adjust(row.sequence, logits)) is not None]
+        for bias in biases:
+            kept = logits[bias.ids]
+            logits[bias.ids] += bias.value
+            if not np.isfinite(logits.max()):
+                logits[bias.ids] = kept
+        return row.request.sample(logits)
+
+    def _accept(self, row: _Row, token: int, origin: Origin) -> Iterator[Event]:
+        """Let a token join the sequence, and the controls see it."""
+        sequence, tracker = row.sequence, row.request.tracker
+        index = len(sequence.tokens)
+        sequence.tokens.append(token)
+        sequence.origins.append(origin)
+        if origin is Origin.HINT:
+            sequence.counts.hint += 1
+            yield Token(sequence, token, "", sequence.phase, origin)
+            return
+        sequence.is_ending = origin is Origin.SAMPLED and self.tokenizer.is_end(token)
+        parts = [] if sequence.is_ending else tracker.feed(self.tokenizer.piece(token), index)
+        _count(sequence, origin)
+        _follow_phase(sequence, tracker, parts, origin)
+        text, phase = parts[0] if parts else ("", sequence.phase)
+        yield Token(sequence, token, text, phase, origin)
+        for text, phase in parts[1:]:
+            yield Token(sequence, token, text, phase, origin, is_continued=True)
+        for control in row.observers:
+            yield from self._act(row, control, control.observe(sequence, token))
+        is_over = sequence.is_ending and len(sequence.tokens) > index
+        sequence.is_ending = sequence.is_closing = False
+        if is_over:
+            self._ended.append((row, "end"))
+
+    def _drain(self, row: _Row) -> Iterator[Event]:
+        """Let all forced tokens join, then see whether there is room for more."""
+        sequence = row.sequence
+        room = self.engine.n_context_sequence
+        while sequence.forced and len(sequence.tokens) < room:
+            token, origin = sequence.forced.popleft()
+            yield from self._accept(row, token, origin)
+        if any(ended is row for ended, _ in self._ended):
+            return
+        if len(sequence.tokens) >= room:
+            self._ended.append((row, "context"))
+        elif sequence.limit is not None and sequence.n_reply >= sequence.limit:
+            self._ended.append((row, "length"))
+
+    # --- what controls ask for ----------------------------------------------------------------------------------
+
+    def _act(self, row: _Row, control: Control, actions: Iterable[Action]) -> Iterator[Event]:
+        sequence = row.sequence
+        for action in actions:
+            if isinstance(action, Note):
+                yield Noted(sequence, control.name, action.text)
+            elif isinstance(action, Force):
+                if action.is_urgent:
+                    sequence.forced.clear()
+                sequence.forced.extend((token, action.origin) for token in action.tokens)
+            elif isinstance(action, Rewrite):
+                yield from self._rewrite(row, action)
+            elif isinstance(action, Probe):
+                yield from self._fork_probe(row, control, action)
+            else:
+                (action.sequence or sequence).cancel(action.reason)
+
+    def _rewrite(self, row: _Row, action: Rewrite) -> Iterator[Event]:
+        sequence, start = row.sequence, action.position
+        if start < sequence.n_evaluated:
+            n_kept = start if self.engine.can_rewind else 0
+            if sequence.slot >= 0:
+                self.engine.rewind(sequence.slot, n_kept)
+            sequence.n_evaluated = n_kept
+        removed = sequence.origins[start - sequence.n_prompt :]
+        del sequence.tokens[start:], sequence.origins[start - sequence.n_prompt :]
+        if sequence.closed_at is not None and start <= sequence.closed_at:
+            row.request.tracker.reopen()
+            _follow_phase(sequence, row.request.tracker, [], Origin.FORCED)
+        n_hints = removed.count(Origin.HINT)
+        for token, origin in action.tokens:
+            sequence.tokens.append(token)
+            sequence.origins.append(origin)
+            if origin is Origin.HINT:
+                if n_hints > 0:  # a hint of an earlier round that stands in the tail
+                    n_hints -= 1
+                    continue
+                sequence.counts.hint += 1
+                yield Token(sequence, token, "", sequence.phase, origin)
+
+    def _fork_probe(self, row: _Row, control: Control, action: Probe) -> Iterator[Event]:
+        """Start a side sequence that joins the next batch; without a free slot its control reads nothing."""
+        parent = row.sequence
+        slot = self._take_slot()
+        if slot is None:
+            yield from self._act(row, control, control.read(parent, Reading((), (), False)))
+            return
+        side = Sequence([*parent.tokens, *action.tokens], id=parent.id, sample=parent.sample)
+        side.slot, side.n_evaluated = slot, parent.n_evaluated
+        self.engine.fork(parent.slot, slot, parent.n_evaluated)
+        parent.counts.probe += len(action.tokens)
+        self.rows.append(_Row(side, row.request, action, control))
+
+    def _accept_probe(self, row: _Row, token: int) -> Iterator[Event]:
+        assert row.probe is not None and row.reader is not None
+        parent = row.request.sequence
+        row.sequence.tokens.append(token)
+        parent.counts.probe += 1
+        is_end = self.tokenizer.is_end(token)
+        row.texts.append("" if is_end else row.decoder.feed(self.tokenizer.piece(token)))
+        yield Token(parent, token, "", Phase.THINK, Origin.PROBE)
+        text = "".join(row.texts)
+        is_done = row.probe.is_done(text)
+        is_full = len(row.sequence.tokens) >= self.engine.n_context_sequence
+        if is_done or is_end or is_full or "\n" in text or len(row.texts) >= row.probe.n_max:
+            self._leave(row)
+            reading = Reading(tuple(row.texts), tuple(row.entropies), is_done)
+            owner = next((other for other in self.rows if other.sequence is parent), None)
+            if owner is not None:
+                yield from self._act(owner, row.reader, row.reader.read(parent, reading))
+
+    # --- ends ---------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> Iterator[Event]:
+        """End what is due to end. Of sequences that end in one step the one with the shortest thinking is first."""
+        self._ended.sort(key=lambda item: (item[0].sequence.counts.thinking, item[0].sequence.sample))
+        while self._ended:
+            row, reason = self._ended.pop(0)
+            yield from self._finish(row, row.sequence.cancelled or reason)
+        for row in [row for row in (*self.rows, *self._evicted) if row.probe is None and row.sequence.cancelled]:
+            yield from self._finish(row, row.sequence.cancelled or "cancelled")
+
+    def _finish(self, row: _Row, reason: str) -> Iterator[Event]:
+        sequence = row.sequence
+        if sequence.finish is not None:
+            return
+        parts = row.request.tracker.flush()
+        _follow_phase(sequence, row.request.tracker, parts, Origin.SAMPLED)
+        for text, phase in parts:
+            yield Token(sequence, sequence.tokens[-1], text, phase, Origin.SAMPLED, is_continued=True)
+        sequence.finish = reason
+        for side in [other for other in self.rows if other.probe is not None and other.request is row.request]:
+            self._leave(side)
+        if row in self._evicted:
+            self._evicted.remove(row)
+        self._leave(row)
+        self._is_tight = False
+        for control in row.request.controls:
+            yield from self._act(row, control, control.end(sequence))
+        yield Finished(sequence, reason, {control.name: dict(control.counters) for control in row.request.controls})
+
+    def _make_room(self) -> Iterator[Event]:
+        """The cache is full: give up the kept prompt, then probes, then the youngest sequence, which waits with its
+        tokens and is evaluated again later; the last one left has reached the end of the context."""
+        probes = [row for row in self.rows if row.probe is not None]
+        if self._donor:
+            self._drop_donor()
+        elif probes:
+            row = probes[-1]
+            self._leave(row)
+            assert row.reader is not None
+            yield from self._act(row, row.reader, row.reader.read(row.request.sequence, Reading((), (), False)))
+        elif len(self.rows) > 1:
+            self._is_tight = True
+            row = self.rows[-1]
+            self._leave(row)
+            row.leader, row.n_shared = None, 0
+            self._evicted.appendleft(row)
+        else:
+            yield from self._finish(self.rows[0], "context")
+
+    def _follow(self, row: _Row) -> None:
+        """The phase that the prompt itself leads into."""
+        _follow_phase(row.sequence, row.request.tracker, [], Origin.FORCED)
+
+
+def _new_row(request: Request) -> _Row:
+    def overrides(method: str) -> list[Control]:
+        return [c for c in request.controls if getattr(type(c), method) is not getattr(Control, method)]
+
+    return _Row(request.sequence, request, adjusters=overrides("adjust"), observers=overrides("observe"))
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Length of the longest common prefix."""
+    n = min(len(one), len(other))
+    if one[:n] == other[:n]:
+        return n
+    return next(i for i in range(n) if one[i] != other[i])
+
+
+def _count(sequence: Sequence, origin: Origin) -> None:
+    """Count a token in the phase that it was written in."""
+    counts = sequence.counts
+    if origin is Origin.FORCED:
+        counts.forced += 1
+    elif sequence.is_ending:
+        return
+    elif sequence.phase is Phase.THINK:
+        counts.thinking += 1
+        sequence.n_block_thinking += 1
+    else:
+        counts.answer += 1
+
+
+def _follow_phase(sequence: Sequence, tracker: PhaseTracker, parts: list[tuple[str, Phase]], origin: Origin) -> None:
+    """Carry over to the sequence what the tracker has read."""
+    for text, phase in parts:
+        if phase is Phase.THINK:
+            sequence.thinking += text
+        else:
+            sequence.answer += text
+    if tracker.n_blocks != sequence.n_blocks:
+        sequence.n_blocks = tracker.n_blocks
+        sequence.n_block_thinking = 0
+    sequence.is_closing = sequence.phase is Phase.THINK and tracker.phase is Phase.ANSWER
+    if sequence.is_closing:
+        sequence.is_cut = origin is Origin.FORCED
+    sequence.phase = tracker.phase
+    sequence.closed_at, sequence.closed_kept = tracker.closed_at, tracker.closed_kept
+    sequence.is_whole_text = tracker.is_whole_text

@@ -1,0 +1,73 @@
+"""The one seam of the project: something that evaluates tokens of many sequences and returns logits.
+
+A local GGUF file is an `Engine`, a ring of machines is another, a script in a test a third. What is planned fits
+without changing it:
+
+- several rows of logits for one sequence (lossless speculation): `Span.n_logits` already asks for any number;
+- embeddings in place of tokens (continuous thinking): a second kind of span with an `(n, n_embd)` array where
+  `Span` has ids; the loop's `Blend` action would make one, all else in the batch stays;
+- hidden states on request: a method beside `decode` that returns the `(n_rows, n_embd)` array of the batch just
+  decoded, since the rows are in the same order as the logits;
+- a second model: a second `Engine` held by whoever runs both; no engine knows of another.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Row = NDArray[np.float32]
+"""Logits of one position, shape (n_vocab,)."""
+Logits = NDArray[np.float32]
+"""Logits of the rows asked for, shape (n_rows, n_vocab), valid until the engine's next decode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of one sequence, the first at `position`; logits are wanted for the last `n_logits`."""
+
+    sequence_id: int
+    position: int
+    tokens: list[int]
+    n_logits: int = 1
+
+
+Batch = list[Span]
+"""At most one span per sequence and at most `Engine.n_batch` tokens in all."""
+
+
+class Engine(Protocol):
+    """Evaluates batches; keeps one key-value cache of `n_context` cells for `n_sequences` sequences."""
+
+    n_vocab: int
+    n_context: int
+    """Cells of the cache: what all sequences hold together, a shared prefix counted once."""
+    n_context_sequence: int
+    """Most tokens of one sequence, at most what the model was trained for."""
+    n_sequences: int
+    n_batch: int
+    can_rewind: bool
+    """False for recurrent models: they can only forget a whole sequence."""
+
+    def decode(self, batch: Batch) -> Logits:
+        """Evaluate the batch; return its wanted rows in the batch's order. Raises ContextFull, unchanged."""
+        ...
+
+    def fork(self, source: int, target: int, n_tokens: int) -> None:
+        """Let the empty sequence `target` share the first `n_tokens` of `source`, which must be all that
+        `source` holds where `can_rewind` is false."""
+        ...
+
+    def rewind(self, sequence_id: int, n_tokens: int) -> None:
+        """Forget all but the first `n_tokens` of a sequence; 0 drops it."""
+        ...
+
+    def save(self, sequence_id: int, tokens: list[int], path: Path) -> None:
+        """Write a sequence's cache and its tokens to a file."""
+        ...
+
+    def restore(self, sequence_id: int, path: Path) -> list[int]:
+        """Read a file written by `save` into an empty sequence; return its tokens."""
+        ...

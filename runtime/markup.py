@@ -1,0 +1,42 @@
+"""Whether a text ends inside code or an open formula."""
+
+import re
+
+_FENCE = re.compile(r"^[ \t]*(```|~~~)", re.MULTILINE)
+_BOXED = re.compile(r"\\boxed\s*\{")
+
+
+def in_code_or_formula(text: str) -> bool:
+    """True where `text` ends within a code fence, inline code, `$`, `$$`, `\\(`, `\\[` or `\\boxed{`.
+
+    Inline marks end with their paragraph at the latest, so that a single dollar sign does not count for ever.
+    """
+    if len(_FENCE.findall(text)) % 2:
+        return True
+    text = text[text.rfind("```") + 3 :] if "```" in text else text
+    if text.count("\\[") > text.count("\\]") or text.count("$$") % 2:
+        return True
+    paragraph = text[text.rfind("\n\n") + 2 :] if "\n\n" in text else text
+    if paragraph.count("\\(") > paragraph.count("\\)"):
+        return True
+    plain = re.sub(r"\\.", "", paragraph.replace("$$", ""))
+    if plain.count("$") % 2 or plain.count("`") % 2:
+        return True
+    boxed = None
+    for boxed in _BOXED.finditer(paragraph):
+        pass
+    if boxed is None:
+        return False
+    rest = paragraph[boxed.end() :]
+    return rest.count("{") + 1 > rest.count("}")
+
+
+def find_boxed(text: str) -> str | None:
+    """The content of the last `\\boxed{...}` whose braces balance, or None."""
+    for match in reversed(list(_BOXED.finditer(text))):
+        depth = 1
+        for i in range(match.end(), len(text)):
+            depth += (text[i] == "{") - (text[i] == "}")
+            if not depth:
+                return text[match.end() : i]
+    return None

@@ -1,0 +1,298 @@
+"""An opened model: questions in, events and results out. What a Python user and the command line start from."""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .answer import extract
+from .controls import CONTROLS, Control, Parameters, Setup
+from .controls import describe as describe_control
+from .controls.budget import BudgetParameters
+from .controls.search import FirstFinishSearch, SearchParameters
+from .decode import Request, decode
+from .engine import Engine, Row
+from .errors import ControlError, LocalReasonError, PromptError, PromptTooLong
+from .events import Event, Finished
+from .formats import ThinkingFormat
+from .llama import EngineOptions, LlamaEngine, LlamaTokenizer, load
+from .phase import PhaseTracker
+from .prompt import Prompter
+from .sampler import Sampling, choose
+from .sequence import Counts, Sequence
+
+_N_ANSWER = 2048
+"""Tokens that are left for the answer and what controls write, where no limit is given."""
+_N_PROMPT = 2048
+"""Tokens that a context leaves for a prompt whose length is not known yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One problem and the name that its results carry."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that shapes an answer besides the model. `max_tokens` counts each sample's tokens after the prompt;
+    None leaves 2048 for the answer behind the thinking cap."""
+
+    controls: tuple[Parameters, ...] = ()
+    sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
+    seed: int = 0
+    max_tokens: int | None = None
+    is_thinking: bool = True
+    format: str | None = None
+
+    def get(self, control: str) -> Parameters | None:
+        """The parameters of a control, if the recipe has it."""
+        return next((parameters for parameters in self.controls if parameters.control == control), None)
+
+    @property
+    def n_samples(self) -> int:
+        search = self.get("search")
+        return search.n if isinstance(search, SearchParameters) else 1
+
+    @property
+    def max_thinking(self) -> int | None:
+        budget = self.get("budget")
+        return budget.total or budget.max if isinstance(budget, BudgetParameters) else None
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of one sample after the prompt; None without any cap."""
+        if self.max_tokens is not None or self.max_thinking is None:
+            return self.max_tokens
+        return self.max_thinking + _N_ANSWER
+
+    def n_sequences(self, n_parallel: int = 1) -> int:
+        """Engine sequences for this many questions at once: samples, a probe beside each, and one kept prompt."""
+        n_each = 2 if self.get("suppress") else 1
+        return n_parallel * self.n_samples * n_each + 1
+
+    def n_cells(self, n_parallel: int = 1, n_prompt: int = _N_PROMPT) -> int | None:
+        """Cache cells that this many questions need at most; None where no cap bounds them."""
+        if self.limit is None:
+            return None
+        return n_parallel * (n_prompt + self.n_samples * (self.limit + 128)) + n_prompt
+
+    def describe(self) -> dict[str, object]:
+        """The recipe as results store it and a resumed run compares it."""
+        return {
+            "controls": [describe_control(parameters) for parameters in self.controls],
+            "sampling": asdict(self.sampling),
+            "seed": self.seed,
+            "max_tokens": self.limit,
+            "is_thinking": self.is_thinking,
+            "format": self.format,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one question came to. `text` is the answer part of the reply, `answer` what was extracted from it.
+
+    `counts` are those of the sample that won; the tokens of all samples stand in `counters["search"]`. `error` is set
+    where the question could not be run; the others go on.
+    """
+
+    id: str
+    answer: str | None
+    text: str
+    thinking: str
+    stop: str
+    counts: Counts
+    counters: dict[str, dict[str, int | float | str]]
+    seconds: float
+    seed: int
+    n_samples: int
+    error: LocalReasonError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question is done; the last event of each."""
+
+    result: Result
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A question in flight."""
+
+    question: Question
+    sequences: list[Sequence]
+    search: FirstFinishSearch | None
+    started: float
+    counters: dict[int, dict[str, dict[str, int | float | str]]] = field(default_factory=dict)
+
+
+class Model:
+    """A model file opened for questions; a context manager. Made by `Model.open`.
+
+        with Model.open("model.gguf") as model:
+            for event in model.ask("What is 7 * 6?"):
+                ...
+    """
+
+    def __init__(self, path: Path, engine: LlamaEngine, tokenizer: LlamaTokenizer) -> None:
+        self.path = path
+        self.name = path.stem
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._prompter = Prompter(engine, tokenizer)
+        self._memo: dict[object, Any] = {}
+
+    @classmethod
+    def open(cls, path: Path | str, options: EngineOptions | None = None) -> "Model":
+        """Load a GGUF file. Raises ModelError or OutOfMemory."""
+        engine, tokenizer = load(Path(path), options or EngineOptions())
+        return cls(Path(path), engine, tokenizer)
+
+    @property
+    def format(self) -> ThinkingFormat:
+        """The model's thinking format as detected."""
+        return self._prompter.format(None, True)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def ask(self, text: str, recipe: Recipe | None = None) -> Iterator[Event | Answered]:
+        """Answer one question; the last event is `Answered`. Raises the question's error."""
+        for event in self.solve([Question("", text)], recipe):
+            if isinstance(event, Answered) and event.result.error is not None:
+                raise event.result.error
+            yield event
+
+    def solve(
+        self, questions: Iterable[Question], recipe: Recipe | None = None, n_parallel: int = 1
+    ) -> Iterator[Event | Answered]:
+        """Answer questions, `n_parallel` at a time; events of several are interleaved, each ends with `Answered`.
+
+        A question that cannot be run gives a result with its error, the others go on. Raises ControlError where the
+        recipe needs more sequences or cells than the engine holds.
+        """
+        recipe = recipe or Recipe(controls=(BudgetParameters(),))
+        self._check_room(recipe)
+        tasks: dict[str, _Task] = {}
+        failed: list[Answered] = []
+
+        def requests() -> Iterator[Request]:
+            for question in questions:
+                try:
+                    yield from self._requests(question, recipe, tasks)
+                except PromptError as error:
+                    failed.append(Answered(_failure(question, recipe, error)))
+
+        n_rows = min(n_parallel * recipe.n_samples, self.engine.n_sequences)
+        events = decode(self.engine, self.tokenizer, requests(), n_rows)
+        with contextlib.closing(events):
+            for event in events:
+                yield event
+                if isinstance(event, Finished):
+                    done = _done(tasks, event, recipe)
+                    if done is not None:
+                        yield done
+                while failed:
+                    yield failed.pop(0)
+        yield from failed
+
+    def _check_room(self, recipe: Recipe) -> None:
+        engine, n = self.engine, recipe.n_samples
+        if n > engine.n_sequences:
+            raise ControlError(
+                f"search: n is {n} samples and the cache holds {engine.n_sequences} sequences; "
+                f"lower n or open the model with more sequences"
+            )
+        limit = recipe.limit
+        if limit is not None and n > 1 and n * min(limit, 256) > engine.n_context:
+            raise ControlError(
+                f"search: n is {n} samples and the cache holds {engine.n_context} tokens for all of them; "
+                f"lower n or give a larger context"
+            )
+
+    def _requests(self, question: Question, recipe: Recipe, tasks: dict[str, _Task]) -> Iterator[Request]:
+        engine: Engine = self.engine
+        format = self._prompter.format(recipe.format, recipe.is_thinking)
+        instructions = [CONTROLS[p.control].instruct(p) for p in recipe.controls]
+        prompt = self._prompter.prompt(question.text, format, recipe.is_thinking, [text for text in instructions if text])
+        if len(prompt.tokens) >= engine.n_context_sequence:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt.tokens)} tokens and the context holds {engine.n_context_sequence} with the "
+                f"reply; shorten the prompt or give a larger context"
+            )
+        setups = [
+            Setup(self.tokenizer, format, recipe.seed + sample, engine.can_rewind, recipe.max_thinking, self._memo)
+            for sample in range(recipe.n_samples)
+        ]
+        shared: dict[str, Control] = {
+            p.control: CONTROLS[p.control](p, setups[0]) for p in recipe.controls if CONTROLS[p.control].is_shared
+        }
+        search = shared.get("search")
+        task = _Task(question, [], search if isinstance(search, FirstFinishSearch) else None, time.perf_counter())
+        requests = []
+        for sample, setup in enumerate(setups):
+            sequence = Sequence(list(prompt.tokens), id=question.id, sample=sample, limit=recipe.limit)
+            controls = [shared.get(p.control) or CONTROLS[p.control](p, setup) for p in recipe.controls]
+            task.sequences.append(sequence)
+            if task.search:
+                task.search.join(sequence)
+            requests.append(Request(sequence, PhaseTracker(format, prompt.tail), _sampler(recipe, sample), controls))
+        tasks[question.id] = task
+        yield from requests
+
+
+def _sampler(recipe: Recipe, sample: int):
+    """Draws with a random stream of the sample's own: the same seed gives the same tokens again."""
+    random = np.random.default_rng((recipe.seed, sample))
+
+    def draw(row: Row) -> int:
+        return choose(row, recipe.sampling, random.random())
+
+    return draw
+
+
+def _done(tasks: dict[str, _Task], event: Finished, recipe: Recipe) -> Answered | None:
+    """The question's result once its last sample has ended."""
+    task = tasks[event.sequence.id]
+    task.counters[event.sequence.sample] = {name: dict(values) for name, values in event.counters.items()}
+    if any(sequence.finish is None for sequence in task.sequences):
+        return None
+    del tasks[event.sequence.id]
+    chosen = (task.search.winner() if task.search else None) or task.sequences[0]
+    counters = task.counters[chosen.sample]
+    if task.search:
+        sampled = sum(sequence.counts.thinking + sequence.counts.answer for sequence in task.sequences)
+        counters["search"] = {**task.search.counters, "sampled_tokens": sampled}
+    return Answered(
+        Result(
+            id=task.question.id,
+            answer=extract(chosen.answer),
+            text=chosen.answer.strip(),
+            thinking=chosen.thinking.strip(),
+            stop=chosen.finish or "",
+            counts=chosen.counts,
+            counters=counters,
+            seconds=time.perf_counter() - task.started,
+            seed=recipe.seed,
+            n_samples=recipe.n_samples,
+        )
+    )
+
+
+def _failure(question: Question, recipe: Recipe, error: LocalReasonError) -> Result:
+    return Result(question.id, None, "", "", "error", Counts(), {}, 0.0, recipe.seed, recipe.n_samples, error)

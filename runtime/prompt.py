@@ -1,0 +1,123 @@
+"""From a question to prompt tokens: messages, chat template, tokens in which a user's text is only text."""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from .errors import TemplateError
+from .formats import FORMATS, ThinkingFormat, detect, find_format, strip_thinking
+from .template import CHATML, Message, Part, render
+from .tokenizer import Tokenizer
+
+_BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+_SYSTEM = (
+    "You are a careful problem solver. First think inside <think> and </think>: work step by step, check your result "
+    "once, and correct it if it is wrong. Then answer in one or two sentences with the final answer in \\boxed{}."
+)
+_EXAMPLES = (
+    (
+        "A box holds 6 red pens and twice as many blue pens. Nine pens are taken out. How many are left?",
+        "<think>\nThere are 6 red pens and 2 * 6 = 12 blue pens, so 6 + 12 = 18 pens.\n\nNine are taken out: "
+        "18 - 9 = 9.\n\nWait, does twice as many refer to the red ones? Yes, 12 blue pens, so 18 in all and 9 left.\n"
+        "</think>\n\nThere are 18 pens at first and 9 are left: \\boxed{9}",
+    ),
+    (
+        "A train covers 150 km in 2.5 hours. How far does it go in 4 hours at the same speed?",
+        "<think>\nThe speed is 150 / 2.5 = 50 km per hour.\n\nIn 4 hours it covers 4 * 50 = 200 km.\n\n"
+        "Wait, let me check the division: 2.5 * 60 = 150, so the speed is 60 km per hour, and 4 * 60 = 240 km.\n"
+        "</think>\n\nAt 60 km per hour the train goes 240 km: \\boxed{240}",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, and the text behind the last message: where the model's reply begins, perhaps inside a tag."""
+
+    tokens: list[int]
+    tail: str
+
+
+class _Vocabulary(Tokenizer, Protocol):
+    prefix: list[int]
+    control_texts: Collection[str]
+
+
+class _Source(Protocol):
+    """What is needed of an engine: what its file says about prompts."""
+
+    chat_template: str | None
+    metadata: dict[str, str]
+
+
+class Prompter:
+    """Makes the prompts of one model. `template` overrides the file's; `chatml` names the built-in one."""
+
+    def __init__(self, source: _Source, tokenizer: _Vocabulary, template: str | None = None) -> None:
+        self._template = CHATML if template == "chatml" else template or source.chat_template
+        self._detected = detect(self._template, source.metadata)
+        self._tokenizer = tokenizer
+
+    def format(self, name: str | None, is_thinking: bool) -> ThinkingFormat:
+        """The format of that name, or the detected one; none where thinking is off and nothing marks it."""
+        format = find_format(name) if name else self._detected
+        return FORMATS["none"] if not is_thinking and format.is_prefilled else format
+
+    def prompt(
+        self, question: str, format: ThinkingFormat, is_thinking: bool = True, instructions: Collection[str] = ()
+    ) -> Prompt:
+        """The prompt for one question. Raises TemplateError."""
+        turns = [Message("user", "\n".join((question, *instructions)))]
+        return self.continue_chat(turns, format, is_thinking)
+
+    def continue_chat(self, turns: list[Message], format: ThinkingFormat, is_thinking: bool = True) -> Prompt:
+        """The prompt for the next reply to a conversation; thinking in earlier replies is left out."""
+        turns = [
+            Message(turn.role, strip_thinking(turn.content, format)) if turn.role == "assistant" else turn for turn in turns
+        ]
+        if format.is_prompted:
+            examples = [Message(role, text) for pair in _EXAMPLES for role, text in zip(("user", "assistant"), pair, strict=True)]
+            turns = [Message("system", _SYSTEM), *examples, *turns]
+        elif turns[-1].role == "user":
+            turns = [*turns[:-1], Message("user", f"{turns[-1].content}\n\n{_BOXED}")]
+        parts = self._render(turns, is_thinking)
+        tail = parts[-1].text if parts[-1].is_trusted else ""
+        if format.is_prefilled and is_thinking and format.opens[0] not in tail:
+            parts.append(Part(format.open, True))
+            tail += format.open
+        return Prompt(encode(parts, self._tokenizer, format), tail)
+
+    def _render(self, turns: list[Message], is_thinking: bool) -> list[Part]:
+        try:
+            return render(self._template, turns, is_thinking=is_thinking)
+        except TemplateError:
+            if turns[0].role != "system" or not self._template:
+                raise
+            # Some templates refuse a system turn; its text then leads the first user's.
+            first = Message("user", f"{turns[0].content}\n\n{turns[1].content}")
+            return render(self._template, [first, *turns[2:]], is_thinking=is_thinking)
+
+
+def encode(parts: list[Part], tokenizer: _Vocabulary, format: ThinkingFormat) -> list[int]:
+    """Token ids of a rendered prompt, BOS in front where the model wants one and the template wrote none.
+
+    A prompt without any special text in its messages is tokenised in one piece, as llama.cpp would. Otherwise each
+    message is tokenised as plain text, and special text in it is cut in two, since user-defined tokens such as
+    `<think>` are recognised even in plain text.
+    """
+    special = sorted({*tokenizer.control_texts, *format.opens, *format.closes} - {""}, key=len, reverse=True)
+    found = re.compile("|".join(map(re.escape, special))) if special else None
+    if found is None or not any(found.search(part.text) for part in parts if not part.is_trusted):
+        ids = tokenizer.encode("".join(part.text for part in parts), special=True)
+    else:
+        ids = []
+        for part in parts:
+            if part.is_trusted:
+                ids += tokenizer.encode(part.text, special=True)
+                continue
+            cuts = [0, *(match.start() + 1 for match in found.finditer(part.text)), len(part.text)]
+            for start, end in zip(cuts, cuts[1:], strict=False):
+                ids += tokenizer.encode(part.text[start:end])
+    prefix = tokenizer.prefix
+    return ids if not prefix or ids[: len(prefix)] == prefix else [*prefix, *ids]

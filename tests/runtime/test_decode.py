@@ -1,0 +1,224 @@
+"""The loop: what joins the context, in what order, what the engine is asked to evaluate, and how things end."""
+
+import pytest
+
+from localreason.runtime.controls.control import Control, Force, Probe, Rewrite, Setup, Stop
+from localreason.runtime.decode import Request, decode
+from localreason.runtime.errors import PromptTooLong
+from localreason.runtime.events import Finished, Prefilled, Token
+from localreason.runtime.formats import FORMATS
+from localreason.runtime.phase import PhaseTracker
+from localreason.runtime.sampler import entropy
+from localreason.runtime.sequence import Origin, Phase, Sequence
+from tests.fakes import ByteTokenizer, ScriptedEngine, script
+
+FORMAT = FORMATS["think"]
+
+
+def request(tokenizer, prompt, controls=(), limit=None, sample=0, tail=""):
+    sequence = Sequence(tokenizer.encode(prompt, special=True), id=prompt, sample=sample, limit=limit)
+    return Request(sequence, PhaseTracker(FORMAT, tail), lambda row: int(row.argmax()), list(controls))
+
+
+def setup(tokenizer):
+    return Setup(tokenizer, FORMAT)
+
+
+def make(replies, **options):
+    tokenizer = ByteTokenizer()
+    return tokenizer, ScriptedEngine(script(tokenizer, replies), tokenizer.n_vocab, **options)
+
+
+def finish_of(events):
+    return [(event.sequence.id, event.reason) for event in events if isinstance(event, Finished)]
+
+
+def test_reply_is_split_into_thinking_and_answer_and_every_token_is_reported_once():
+    tokenizer, engine = make({"Q": "<think>a b</think>42"})
+    one = request(tokenizer, "Q")
+    events = list(decode(engine, tokenizer, [one]))
+    assert (one.sequence.thinking, one.sequence.answer) == ("a b", "42")
+    tokens = [event.id for event in events if isinstance(event, Token) and not event.is_continued]
+    assert tokens == [*tokenizer.encode("<think>a b</think>42", special=True), tokenizer.END]
+    assert "".join(e.text for e in events if isinstance(e, Token) and e.phase is Phase.THINK) == "a b"
+    assert finish_of(events) == [("Q", "end")]
+    assert one.sequence.counts.thinking == 4  # a, space, b and the closing tag
+    assert not any(engine.held), "the cache is freed"
+
+
+def test_sequences_start_and_end_independently_and_requests_are_taken_as_there_is_room():
+    tokenizer, engine = make({"A": "1", "B": "12345", "C": "123"})
+    taken = []
+
+    def requests():
+        for name in "ABC":
+            taken.append(name)
+            yield request(tokenizer, name)
+
+    generator = decode(engine, tokenizer, requests(), n_parallel=2)
+    events = []
+    for event in generator:
+        if isinstance(event, Token) and len(taken) == 2:
+            assert not finish_of(events), "the third request is taken only after one has ended"
+        events.append(event)
+    assert sorted(finish_of(events)) == [("A", "end"), ("B", "end"), ("C", "end")]
+    assert finish_of(events)[0] == ("A", "end")
+
+
+def test_a_prompt_of_many_samples_is_evaluated_once_and_forked():
+    prompt = "a prompt that many samples share"
+    tokenizer, engine = make({prompt: "xyz"})
+    requests = [request(tokenizer, prompt, sample=i) for i in range(4)]
+    list(decode(engine, tokenizer, requests))
+    n_evaluated = sum(len(span.tokens) for batch in engine.batches for span in batch)
+    n_prompt = len(prompt)
+    assert n_evaluated == (n_prompt - 1) + 4 * (1 + 3)
+    assert [call[3] for call in engine.calls if call[0] == "fork"] == [n_prompt - 1] * 3
+    assert all(r.sequence.answer == "xyz" for r in requests)
+
+
+def test_the_next_question_shares_the_prefix_of_the_one_before():
+    tokenizer, engine = make({"the same long examples: A": "1", "the same long examples: B": "2"})
+    requests = [request(tokenizer, f"the same long examples: {name}") for name in "AB"]
+    list(decode(engine, tokenizer, requests, n_parallel=1))
+    assert ("fork", 0, 1, len("the same long examples: ")) in [(c[0], 0, 1, c[-1]) for c in engine.calls]
+    assert [r.sequence.answer for r in requests] == ["1", "2"]
+    assert not any(engine.held)
+
+
+def test_closing_the_generator_in_a_long_prefill_frees_the_engine_at_once():
+    tokenizer, engine = make({"x" * 1000: "y"}, n_batch=16)
+    generator = decode(engine, tokenizer, [request(tokenizer, "x" * 1000)])
+    first = next(generator)
+    assert isinstance(first, Prefilled)
+    assert (first.n_done, first.n_total) == (16, 1000)
+    generator.close()
+    assert len(engine.batches) == 1
+    assert not any(engine.held)
+
+
+def test_a_cancelled_sequence_ends_before_the_next_step_and_the_others_go_on():
+    tokenizer, engine = make({"A": "123456", "B": "12"})
+    one, other = request(tokenizer, "A"), request(tokenizer, "B")
+    events = []
+    for event in decode(engine, tokenizer, [one, other]):
+        events.append(event)
+        if isinstance(event, Token) and event.sequence is one.sequence and one.sequence.n_reply == 2:
+            one.sequence.cancel()
+    assert finish_of(events) == [("A", "cancelled"), ("B", "end")]
+    assert one.sequence.answer == "12"
+
+
+def test_limits_end_a_reply_exactly():
+    tokenizer, engine = make({"A": "123456"}, n_context=100)
+    one = request(tokenizer, "A", limit=4)
+    assert finish_of(decode(engine, tokenizer, [one])) == [("A", "length")]
+    assert one.sequence.answer == "1234"
+    engine.n_context = engine.n_context_sequence = 4
+    two = request(tokenizer, "A")
+    assert finish_of(decode(engine, tokenizer, [two])) == [("A", "context")]
+    assert two.sequence.answer == "123"
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers():
+    tokenizer, engine = make({"A": "1"}, n_context=5)
+    with pytest.raises(PromptTooLong, match=r"6 tokens.* holds 5"):
+        list(decode(engine, tokenizer, [request(tokenizer, "AAAAAA")]))
+
+
+def test_a_full_cache_evicts_the_youngest_which_ends_with_the_same_reply_later():
+    replies = {"A": "1" * 30, "B": "2" * 30}
+    tokenizer, engine = make(replies, n_context=45)
+    requests = [request(tokenizer, name) for name in "AB"]
+    events = list(decode(engine, tokenizer, requests))
+    assert finish_of(events) == [("A", "end"), ("B", "end")]
+    assert [r.sequence.answer for r in requests] == ["1" * 30, "2" * 30]
+    assert not any(engine.held)
+
+
+class Once(Control):
+    """Returns its actions after the n-th token."""
+
+    name = "once"
+
+    def __init__(self, n, actions, tokenizer):
+        super().__init__(None, setup(tokenizer))
+        self.n, self.actions, self.readings = n, actions, []
+
+    def observe(self, sequence, token):
+        if sequence.n_reply == self.n and sequence.origins[-1] is Origin.SAMPLED:
+            actions, self.actions = self.actions, ()
+            return actions
+        return ()
+
+    def read(self, sequence, reading):
+        self.readings.append(reading)
+        return ()
+
+
+def test_forced_tokens_are_taken_without_logits_and_evaluated_in_one_batch():
+    tokenizer, engine = make({"A": "12", "XYZ": "9"})
+    control = Once(2, (Force(tuple(b"XYZ")),), tokenizer)
+    one = request(tokenizer, "A", [control])
+    events = list(decode(engine, tokenizer, [one]))
+    assert one.sequence.answer == "12XYZ9"
+    assert [e.origin for e in events if isinstance(e, Token)][2:5] == [Origin.FORCED] * 3
+    assert [span.tokens for span in engine.batches[2]] == [list(b"2XYZ")]
+    assert one.sequence.counts.forced == 3
+
+
+def test_a_rewrite_puts_a_hint_before_text_that_is_kept_and_not_sent_again():
+    tokenizer = ByteTokenizer()
+    engine = ScriptedEngine(script(tokenizer, {"A": "1234"}, invisible="hint"), tokenizer.n_vocab)
+    tail = ((ord("2"), Origin.SAMPLED), (ord("3"), Origin.SAMPLED))
+    control = Once(3, (Rewrite(2, (*((b, Origin.HINT) for b in b"hint"), *tail)),), tokenizer)
+    one = request(tokenizer, "A", [control])
+    events = list(decode(engine, tokenizer, [one]))
+    assert tokenizer.text(one.sequence.tokens[:-1]) == "A1hint234"
+    assert "".join(e.text for e in events if isinstance(e, Token)) == "1234"
+    assert one.sequence.counts.hint == 4
+    assert ("rewind", 0, 2) in engine.calls
+    assert [span.tokens for span in engine.batches[3]] == [list(b"hint23")]
+
+
+def test_a_rewrite_on_an_engine_that_cannot_rewind_evaluates_all_again():
+    tokenizer = ByteTokenizer()
+    engine = ScriptedEngine(script(tokenizer, {"A": "1234"}, invisible="h"), tokenizer.n_vocab, can_rewind=False)
+    control = Once(3, (Rewrite(3, ((ord("h"), Origin.HINT), (ord("3"), Origin.SAMPLED))),), tokenizer)
+    one = request(tokenizer, "A", [control])
+    list(decode(engine, tokenizer, [one]))
+    assert tokenizer.text(one.sequence.tokens[:-1]) == "A12h34"
+
+
+def test_a_probe_runs_in_the_same_batches_and_leaves_the_main_sequence_as_it_is():
+    tokenizer, engine = make({"A": "12345", "P:": "77}8"})
+    control = Once(1, (Probe(tuple(b"P:"), 20, lambda text: text.endswith("}")),), tokenizer)
+    one = request(tokenizer, "A", [control])
+    events = list(decode(engine, tokenizer, [one]))
+    assert one.sequence.answer == "12345"
+    [reading] = control.readings
+    assert reading.texts == ("7", "7", "}")
+    assert reading.is_done
+    row = engine._row(list(b"A1P:"))
+    assert reading.entropies == pytest.approx([entropy(row)] * 3)
+    assert [len(batch) for batch in engine.batches[1:4]] == [2, 2, 2]
+    assert one.sequence.counts.probe == 2 + 3
+    assert all(not e.text for e in events if isinstance(e, Token) and e.origin is Origin.PROBE)
+
+
+def test_a_probe_without_a_free_slot_reads_nothing_and_the_reply_goes_on():
+    tokenizer, engine = make({"A": "123"}, n_sequences=1)
+    control = Once(1, (Probe(tuple(b"P:"), 20, lambda text: False),), tokenizer)
+    one = request(tokenizer, "A", [control])
+    list(decode(engine, tokenizer, [one]))
+    assert one.sequence.answer == "123"
+    assert [r.is_done for r in control.readings] == [False]
+
+
+def test_a_control_can_stop_its_own_and_another_sequence():
+    tokenizer, engine = make({"A": "12345", "B": "12345"})
+    other = request(tokenizer, "B")
+    one = request(tokenizer, "A", [Once(2, (Stop("enough"), Stop("lost", other.sequence)), tokenizer)])
+    events = list(decode(engine, tokenizer, [one, other]))
+    assert sorted(finish_of(events)) == [("A", "enough"), ("B", "lost")]
+    assert one.sequence.answer == "12"
