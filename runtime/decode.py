@@ -295,6 +295,8 @@ class _Loop:
             yield from self._accept(row, token, origin)
         if any(ended is row for ended, _ in self._ended):
             return
+        # Where a rewrite left nothing to evaluate, the last token's logits are still needed.
+        self._forget(sequence, len(sequence.tokens) - 1)
         if len(sequence.tokens) >= room:
             self._ended.append((row, "context"))
         elif sequence.limit is not None and sequence.n_reply >= sequence.limit:
@@ -318,13 +320,16 @@ class _Loop:
             else:
                 (action.sequence or sequence).cancel(action.reason)
 
+    def _forget(self, sequence: Sequence, n_kept: int) -> None:
+        """Have the engine forget all after `n_kept` tokens, or everything where it cannot forget a part."""
+        if n_kept < sequence.n_evaluated:
+            sequence.n_evaluated = n_kept if self.engine.can_rewind else 0
+            if sequence.slot >= 0:
+                self.engine.rewind(sequence.slot, sequence.n_evaluated)
+
     def _rewrite(self, row: _Row, action: Rewrite) -> Iterator[Event]:
         sequence, start = row.sequence, action.position
-        if start < sequence.n_evaluated:
-            n_kept = start if self.engine.can_rewind else 0
-            if sequence.slot >= 0:
-                self.engine.rewind(sequence.slot, n_kept)
-            sequence.n_evaluated = n_kept
+        self._forget(sequence, start)
         removed = sequence.origins[start - sequence.n_prompt :]
         del sequence.tokens[start:], sequence.origins[start - sequence.n_prompt :]
         if sequence.closed_at is not None and start <= sequence.closed_at:
