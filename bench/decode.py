@@ -8,23 +8,23 @@ is the ratio of the medians. The last line is JSON. Peak memory is measured in a
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import llama_cpp
 from record import describe_run
 
 from localreason.runtime.controls import CONTROLS, Setup, combine
 from localreason.runtime.decode import Request, decode
 from localreason.runtime.formats import FORMATS
 from localreason.runtime.llama import EngineOptions, load
+from localreason.runtime.native import library
 from localreason.runtime.phase import PhaseTracker
 from localreason.runtime.sequence import Sequence
 
+llama_cpp = library()
 TEXT = "Think about this step by step: a farmer has 17 sheep, buys 5 more and sells a third of all of them. "
 
 
@@ -59,10 +59,13 @@ def bare(engine, prompt, n_tokens):
     return seconds
 
 
-def full(engine, tokenizer, prompt, n_tokens):
-    """The project's loop with budget, hint and suppression armed and thinking open; seconds of the same steps."""
+def full(engine, tokenizer, prompt, n_tokens, task="none"):
+    """The project's loop with budget, hint and suppression armed and thinking open; seconds of the same steps.
+
+    With the task "none" no probe is started: a probe is the work of another sequence, not overhead of the loop.
+    """
     format = FORMATS["think"]
-    chosen = combine(None, ["budget:max=100000", "hint:alpha=100000", "suppress"], insist=True)
+    chosen = combine(None, ["budget:max=100000", "hint:alpha=100000", f"suppress:task={task}"], insist=True)
     setup = Setup(tokenizer, format, max_thinking=100000)
     controls = [CONTROLS[p.control](p, setup) for p in chosen]
     sequence = Sequence(list(prompt), limit=n_tokens + 1)
@@ -83,16 +86,23 @@ def measure(path, n_tokens, n_runs):
     prompt = tokenizer.prefix + tokenizer.encode(TEXT)
     bare(engine, prompt, 16)
     full(engine, endless, prompt, 16)
-    pairs = [(bare(engine, prompt, n_tokens), *full(engine, endless, prompt, n_tokens)) for _ in range(n_runs)]
+    runs = [
+        (
+            bare(engine, prompt, n_tokens),
+            full(engine, endless, prompt, n_tokens)[0],
+            *full(engine, endless, prompt, n_tokens, "math"),
+        )
+        for _ in range(n_runs)
+    ]
     engine.close()
-    bare_seconds = statistics.median(pair[0] for pair in pairs)
-    full_seconds = statistics.median(pair[1] for pair in pairs)
+    bare_seconds, full_seconds, probed_seconds, _ = (statistics.median(values) for values in zip(*runs, strict=True))
     return {
         "bare_tokens_per_second": round(n_tokens / bare_seconds, 1),
         "full_tokens_per_second": round(n_tokens / full_seconds, 1),
         "ratio": round(bare_seconds / full_seconds, 4),
-        "ratio_per_pair": [round(one / other, 4) for one, other, _ in pairs],
-        "probe_tokens": pairs[-1][2],
+        "ratio_per_run": [round(run[0] / run[1], 4) for run in runs],
+        "ratio_with_probes": round(bare_seconds / probed_seconds, 4),
+        "probe_tokens": runs[-1][3],
     }
 
 
@@ -102,7 +112,6 @@ def peak(path, n_tokens, which):
         measure_full = load(path, EngineOptions(n_context=4096, n_sequences=4))
         full(measure_full[0], Endless(measure_full[1]), measure_full[1].encode(TEXT), n_tokens)
     else:
-        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = 4096, 4, True
@@ -115,7 +124,9 @@ def peak(path, n_tokens, which):
         engine = Bare()
         engine.context = context
         bare(engine, list(range(100, 124)), n_tokens)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: on Linux that survives exec and would be the parent's.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def main():

@@ -10,7 +10,7 @@ from .markup import find_boxed
 
 _LONGEST = 400
 """Characters of an answer that are compared mathematically; longer ones are compared as text."""
-_LEADS = re.compile(r"(?:final answer(?: is)?|the answer is|answer)\s*[:=]?\s*\**\s*", re.IGNORECASE)
+_LEADS = re.compile(r"(?:final answer(?: is)?|the answer is|answer)\**\s*[:=]?\s*\**\s*", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?")
 
 

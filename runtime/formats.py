@@ -1,7 +1,7 @@
 """How model families mark their thinking, and how a format is recognised. A new family is one entry in `FORMATS`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from .errors import InputError
@@ -92,7 +92,8 @@ def detect(template: str | None, metadata: Mapping[str, str]) -> ThinkingFormat:
         return FORMATS["bracket"]
     if "think>" in text:
         return FORMATS["think" if "<|im_start|>" in text else "deepseek"]
-    return FORMATS["prompted"]
+    prompted = FORMATS["prompted"]
+    return prompted if "<|im_start|>" in text else replace(prompted, user_hint=_PLAIN_HINT)
 
 
 def find_format(name: str) -> ThinkingFormat:
@@ -103,6 +104,10 @@ def find_format(name: str) -> ThinkingFormat:
 
 
 def strip_thinking(text: str, format: ThinkingFormat) -> str:
-    """An earlier reply without its thinking: what stands behind its last closing tag."""
+    """An earlier reply without its thinking: what stands behind its last closing tag, or before a block that was
+    never closed."""
     ends = [text.rfind(tag) + len(tag) for tag in format.closes if tag in text]
-    return text[max(ends) :].lstrip() if ends else text
+    if ends:
+        text = text[max(ends) :].lstrip()
+    starts = [text.find(tag) for tag in format.opens if tag in text]
+    return text[: min(starts)].rstrip() if starts else text

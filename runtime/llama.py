@@ -1,47 +1,46 @@
-"""`Engine` and `Tokenizer` over a GGUF file, by llama.cpp."""
+"""`Engine` and `Tokenizer` over one GGUF file, by llama.cpp."""
 
-import ctypes
-import hashlib
-import os
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
-from . import native
+from .cache import Cache
 from .engine import Batch, Logits
 from .errors import InputError, OutOfMemory, StateError
+from .native import CACHE_TYPES, Model, library
+from .room import Memory, available_bytes, cell_bytes, check_room, fitting_cells
+from .state import fingerprint, read_state, write_state
 
-_MAGIC = b"LRSTATE1"
-_RESERVE_BYTES = 512 << 20
-"""Memory left to the rest of the machine when the context is sized by what is free."""
-_BYTES_PER_VALUE = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-_MARK_ATTRIBUTES = 1 << 3 | 1 << 4
-"""llama.cpp's CONTROL and USER_DEFINED."""
+_ALL_LAYERS = 10_000
+_N_BATCH_CPU, _N_BATCH_GPU = 128, 512
+_N_CONTEXT_UNKNOWN = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How a file is loaded. `n_context` None takes what fits the free memory, `n_threads` None the physical cores,
-    `n_gpu_layers` None all layers where the build has a GPU. Raises InputError for a value out of range."""
+    """How a file is opened. None takes what fits: a context for the free memory, the physical cores that this process
+    may use, all layers on a GPU if there is one, batches of 128 tokens or 512 with a GPU. Raises InputError."""
 
     n_context: int | None = None
     n_sequences: int = 8
     n_threads: int | None = None
     n_gpu_layers: int | None = None
     cache_type: str = "f16"
+    n_batch: int | None = None
+    use_mmap: bool = True
 
     def __post_init__(self) -> None:
-        if self.cache_type not in native.CACHE_TYPES:
-            raise InputError(f"cache type {self.cache_type!r} is not known; choose one of {', '.join(native.CACHE_TYPES)}")
+        if self.cache_type not in CACHE_TYPES:
+            raise InputError(f"cache_type is {self.cache_type!r}; give one of {', '.join(CACHE_TYPES)}")
         for name, low, high in (
             ("n_context", 16, 1 << 24),
             ("n_sequences", 1, 256),
-            ("n_threads", 1, 1024),
-            ("n_gpu_layers", 0, 10_000),
+            ("n_threads", 1, 512),
+            ("n_gpu_layers", 0, _ALL_LAYERS),
+            ("n_batch", 1, 4096),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -49,178 +48,121 @@ class EngineOptions:
 
 
 class LlamaTokenizer:
-    """A GGUF file's vocabulary. `prefix` is what a prompt begins with, `control_texts` the texts of its marks."""
+    """A GGUF file's vocabulary; a context manager where it was opened alone, by `load_tokenizer`.
 
-    def __init__(self, model: Any) -> None:
-        self._lib = native.library()
-        self._vocab = self._lib.llama_model_get_vocab(model)
-        self.n_vocab = self._lib.llama_vocab_n_tokens(self._vocab)
+    `prefix` is what a prompt begins with: BOS, where the model wants it. `control_texts` are the texts of its marks.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.n_vocab = model.n_vocab
+        self.prefix: list[int] = model.prefix()
         self._pieces: list[bytes | None] = [None] * self.n_vocab
-        self._ends = frozenset(i for i in range(self.n_vocab) if self._lib.llama_vocab_is_eog(self._vocab, i))
-        bos = self._lib.llama_vocab_bos(self._vocab)
-        self.prefix = [bos] if self._lib.llama_vocab_get_add_bos(self._vocab) and bos >= 0 else []
-        marks = (i for i in range(self.n_vocab) if self._lib.llama_vocab_get_attr(self._vocab, i) & _MARK_ATTRIBUTES)
-        texts = (self.piece(i).decode("utf-8", "replace") for i in marks)
+        self._ends = model.ends()
+        texts = (self.piece(token).decode("utf-8", "replace") for token in model.marks())
         # Runs of spaces and newlines are user-defined in some vocabularies; they are ordinary text.
         self.control_texts = frozenset(text for text in texts if len(text) > 2 and text[0] in "<[" and text[-1] in ">]")
 
     def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text, without BOS; halves of surrogate pairs become "?"."""
         data = text.encode("utf-8", "replace")
-        if not data:
-            return []
-        size = len(data) + 8
-        ids = (ctypes.c_int32 * size)()
-        n = self._lib.llama_tokenize(self._vocab, data, len(data), ids, size, False, special)
-        if n < 0:
-            ids = (ctypes.c_int32 * -n)()
-            n = self._lib.llama_tokenize(self._vocab, data, len(data), ids, -n, False, special)
-        return list(ids[: max(n, 0)])
+        return self._model.tokenize(data, special) if data else []
 
     def piece(self, token: int) -> bytes:
         piece = self._pieces[token]
         if piece is None:
-            piece = self._pieces[token] = self._read_piece(token)
+            piece = self._pieces[token] = self._model.piece(token)
         return piece
-
-    def _read_piece(self, token: int) -> bytes:
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = self._lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, True)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
 
     def is_end(self, token: int) -> bool:
         return token in self._ends
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """All scalar metadata of the file as text."""
+        return self._model.metadata()
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._model.chat_template
+
+    def close(self) -> None:
+        """Free the model; closing twice, or after its engine, does nothing."""
+        self._model.close()
+
+    def __enter__(self) -> "LlamaTokenizer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class LlamaEngine:
     """A GGUF file's model and cache as an `Engine`; a context manager. Made by `load`."""
 
-    def __init__(self, path: Path, model: Any, options: EngineOptions) -> None:
-        self._lib = native.library()
+    def __init__(self, model: Model, options: EngineOptions) -> None:
         self._model = model
-        self._context: native.Context | None = None
-        self.path = path
-        self.metadata = native.metadata(model)
+        self.path = model.path
+        self.metadata = model.metadata()
         self.architecture = self.metadata.get("general.architecture", "")
-        self.n_context_train = self._lib.llama_model_n_ctx_train(model) or 4096
-        template = self._lib.llama_model_chat_template(model, None)
-        self.chat_template: str | None = template.decode("utf-8", "replace") if template else None
-        self.can_rewind = not (self._lib.llama_model_is_recurrent(model) or self._lib.llama_model_is_hybrid(model))
+        self.chat_template = model.chat_template
+        self.n_context_train = model.n_context_train or _N_CONTEXT_UNKNOWN
+        self.can_rewind = not model.is_recurrent
+        self.n_vocab = model.n_vocab
+        self._cache = _open_cache(model, options, self.n_context_train)
         self.n_sequences = options.n_sequences
-        is_offloaded = bool(_gpu_layers(options))
-        self.n_batch = max(512 if is_offloaded else 128, options.n_sequences)
-        n_context = options.n_context or self._fitting_context(options)
-        self._context = native.Context(
-            model, n_context, options.n_sequences, self.n_batch, options.n_threads or _physical_cores(), options.cache_type
-        )
-        self.n_context = self._context.n_context
+        self.n_batch = self._cache.n_batch
+        self.n_context = self._cache.n_context
         self.n_context_sequence = min(self.n_context, self.n_context_train)
-        self.n_vocab = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(model))
-        self._context.warm(0)
+        per_cell = cell_bytes(model.header, options.cache_type)
+        self.memory = Memory(model.n_bytes, int(per_cell * self.n_context), self.n_context, options.cache_type)
 
     @property
     def context(self) -> Any:
-        """The native context, for measuring beside the engine."""
-        return self._open.pointer
-
-    @property
-    def _open(self) -> native.Context:
-        assert self._context is not None, "the engine is closed"
-        return self._context
-
-    @property
-    def bytes_per_cell(self) -> int:
-        """Cache bytes of one token as f16, every layer counted as full attention."""
-        layers = _integers(self.metadata.get(f"{self.architecture}.block_count", "1"))[0]
-        n_heads = _integers(self.metadata.get(f"{self.architecture}.attention.head_count", "1"))[0] or 1
-        n_kv = max(_integers(self.metadata.get(f"{self.architecture}.attention.head_count_kv", str(n_heads))))
-        width = self._lib.llama_model_n_embd(self._model) // n_heads
-        key = int(self.metadata.get(f"{self.architecture}.attention.key_length", width))
-        value = int(self.metadata.get(f"{self.architecture}.attention.value_length", width))
-        return max(1, layers * n_kv * (key + value) * 2)
-
-    def _fitting_context(self, options: EngineOptions) -> int:
-        """Cells for every sequence at the trained length, or what half of the free memory holds."""
-        wanted = self.n_context_train * options.n_sequences
-        per_cell = self.bytes_per_cell * _BYTES_PER_VALUE[options.cache_type] / 2
-        weights = self._lib.llama_model_size(self._model)
-        free = psutil.virtual_memory().available - weights - _RESERVE_BYTES
-        fits = int(max(free, 0) / 2 / per_cell)
-        if fits < 256:
-            raise OutOfMemory(
-                f"{max(free, 0) >> 20} MiB are free beside the weights, a context of 256 tokens needs "
-                f"{int(256 * 2 * per_cell) >> 20} MiB; close other programs or take a smaller file"
-            )
-        return max(256, min(wanted, fits) // 256 * 256)
+        """llama.cpp's own context, for measuring beside the engine."""
+        return self._cache.pointer
 
     def decode(self, batch: Batch) -> Logits:
-        return self._open.decode([(span.sequence_id, span.position, span.tokens, span.n_logits) for span in batch])
+        """Evaluate the batch; the rows are llama.cpp's own memory until the next decode. Raises ContextFull,
+        DecodeFailed."""
+        return self._cache.decode(batch)
 
     def fork(self, source: int, target: int, n_tokens: int) -> None:
-        self._open.copy(source, target, n_tokens)
+        self._cache.copy(source, target, n_tokens)
 
     def rewind(self, sequence_id: int, n_tokens: int) -> None:
-        self._open.remove(sequence_id, n_tokens)
+        self._cache.remove(sequence_id, n_tokens)
 
-    @property
+    @cached_property
     def _fingerprint(self) -> bytes:
-        """Sixteen bytes that differ between models whose states do not fit each other."""
-        digest = hashlib.sha256(repr(sorted(self.metadata.items())).encode())
-        digest.update(struct.pack("<QQ", self.n_vocab, self._lib.llama_model_size(self._model)))
-        return digest.digest()[:16]
+        return fingerprint(self.path)
 
     def save(self, sequence_id: int, tokens: list[int], path: Path) -> None:
         """Write a sequence and its tokens; the file appears whole or not at all. Raises StateError."""
-        state = self._open.get_state(sequence_id)
-        if len(tokens) != self._open.lengths[sequence_id]:
-            raise StateError(f"{len(tokens)} tokens were given for a sequence of {self._open.lengths[sequence_id]}")
-        body = struct.pack("<QQ", len(tokens), len(state)) + np.array(tokens, dtype="<i4").tobytes() + state
-        head = _MAGIC + self._fingerprint + hashlib.sha256(body).digest()
-        scratch = path.with_name(path.name + ".part")
-        try:
-            with scratch.open("wb") as file:
-                file.write(head + body)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
-        except OSError as error:
-            scratch.unlink(missing_ok=True)
-            raise StateError(f"{path} cannot be written: {error.strerror}; free space or choose another place") from error
+        held = self._cache.length(sequence_id)
+        if len(tokens) != held or not held:
+            raise StateError(
+                f"{len(tokens)} tokens were given for sequence {sequence_id} of {held}; give what it holds"
+            )
+        write_state(path, self._fingerprint, tokens, self._cache.get_state(sequence_id))
 
     def restore(self, sequence_id: int, path: Path) -> list[int]:
         """Read what `save` wrote into an empty sequence. Raises StateError for any other file."""
-        self._open.check_sequence(sequence_id)
-        if self._open.lengths[sequence_id]:
-            raise StateError(f"sequence {sequence_id} holds {self._open.lengths[sequence_id]} tokens; drop it first")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise StateError(f"{path} cannot be read: {error.strerror}") from error
-        if data[:8] != _MAGIC:
-            raise StateError(f"{path} is not a saved sequence state")
-        if data[8:24] != self._fingerprint:
-            raise StateError(f"{path} was saved with another model; open it with the model that wrote it")
-        body = data[56:]
-        # llama.cpp trusts a state's sizes, so it sees only bytes that are as they were written.
-        if hashlib.sha256(body).digest() != data[24:56]:
-            raise StateError(f"{path} is truncated or damaged ({len(data)} bytes); delete it")
-        n_tokens, n_state = struct.unpack_from("<QQ", body)
-        tokens = np.frombuffer(body, "<i4", n_tokens, 16).tolist()
-        if not self._open.set_state(sequence_id, body[16 + 4 * n_tokens :][:n_state], n_tokens):
-            raise StateError(f"{path} does not fit the cache: its type or its room differ; open the model as it was")
+        held = self._cache.length(sequence_id)
+        if held:
+            raise StateError(f"sequence {sequence_id} holds {held} tokens; drop it first")
+        tokens, state = read_state(path, self._fingerprint, self.n_context, self.n_vocab)
+        if not self._cache.set_state(sequence_id, state, len(tokens)):
+            raise StateError(
+                f"{path} of {len(tokens)} tokens does not fit this cache of {self.n_context} {self.memory.cache_type} "
+                f"cells; drop other sequences or open the model as it was"
+            )
         return tokens
 
     def close(self) -> None:
         """Free the cache and the weights; closing twice does nothing."""
-        if self._context is not None:
-            self._context.close()
-            self._context = None
-        if self._model:
-            self._lib.llama_model_free(self._model)
-            self._model = None
+        self._cache.close()
+        self._model.close()
 
     def __enter__(self) -> "LlamaEngine":
         return self
@@ -230,36 +172,68 @@ class LlamaEngine:
 
 
 def load(path: Path, options: EngineOptions | None = None) -> tuple[LlamaEngine, LlamaTokenizer]:
-    """Open a GGUF file. Raises ModelError, OutOfMemory."""
-    options = options or EngineOptions()
-    model = native.load_model(path, _gpu_layers(options))
+    """Open a GGUF file; closing the engine frees both. Raises ModelError, OutOfMemory."""
+    options = _complete(options or EngineOptions())
+    model = Model(Path(path), options.n_gpu_layers or 0, options.use_mmap)
     try:
-        return LlamaEngine(path, model, options), LlamaTokenizer(model)
+        tokenizer = LlamaTokenizer(model)
+        return LlamaEngine(model, options), tokenizer
     except BaseException:
-        native.library().llama_model_free(model)
+        model.close()
         raise
 
 
-def load_tokenizer(path: Path) -> tuple[LlamaTokenizer, dict[str, str]]:
-    """The vocabulary and metadata of a file, without weights."""
-    model = native.load_model(path, 0, vocab_only=True)
-    return LlamaTokenizer(model), native.metadata(model)
+def load_tokenizer(path: Path) -> LlamaTokenizer:
+    """The vocabulary of a file without its weights. Raises ModelError."""
+    model = Model(Path(path), vocab_only=True)
+    try:
+        return LlamaTokenizer(model)
+    except BaseException:
+        model.close()
+        raise
 
 
-def _gpu_layers(options: EngineOptions) -> int:
-    if not native.library().llama_supports_gpu_offload():
-        return 0
-    return 10_000 if options.n_gpu_layers is None else options.n_gpu_layers
+def _complete(options: EngineOptions) -> EngineOptions:
+    """The options with all but the context decided."""
+    has_gpu = library().llama_supports_gpu_offload()
+    n_gpu_layers = _ALL_LAYERS if options.n_gpu_layers is None else options.n_gpu_layers
+    n_gpu_layers = n_gpu_layers if has_gpu else 0
+    n_batch = options.n_batch or (_N_BATCH_GPU if n_gpu_layers else _N_BATCH_CPU)
+    return replace(
+        options,
+        n_gpu_layers=n_gpu_layers,
+        n_batch=max(n_batch, options.n_sequences),
+        n_threads=options.n_threads or _physical_cores(),
+    )
+
+
+def _open_cache(model: Model, options: EngineOptions, n_context_train: int) -> Cache:
+    """The cache as asked for, or the largest that fits and that the sequences can use."""
+    per_cell, n_cells = cell_bytes(model.header, options.cache_type), options.n_context
+    is_on_host = not options.n_gpu_layers
+    if n_cells is None:
+        # Mapped weights are no memory taken yet, so they still count against what is free.
+        free = available_bytes()
+        n_cells = fitting_cells(n_context_train * options.n_sequences, per_cell, model.n_bytes, free)
+    elif is_on_host:
+        check_room(n_cells, per_cell, available_bytes())
+    while True:
+        try:
+            cache = Cache(
+                model, n_cells, options.n_sequences, options.n_batch or 1, options.n_threads or 1, options.cache_type
+            )
+            break
+        except OutOfMemory:
+            if options.n_context is not None or n_cells <= _N_CONTEXT_UNKNOWN:
+                raise
+            n_cells //= 2  # what is free on a GPU is not known here
+    cache.warm(0)
+    return cache
 
 
 def _physical_cores() -> int:
     """Physical cores that this process may use."""
     process = psutil.Process()
-    n_allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1  # pyright: ignore
+    n_all = psutil.cpu_count() or 1
+    n_allowed = len(process.cpu_affinity() or range(n_all)) if hasattr(process, "cpu_affinity") else n_all
     return max(1, min(psutil.cpu_count(logical=False) or n_allowed, n_allowed))
-
-
-def _integers(text: str) -> list[int]:
-    """The numbers of a scalar or of an array as llama.cpp prints it."""
-    found = [int(part) for part in text.strip("[] ").split(",") if part.strip().lstrip("-").isdigit()]
-    return found or [1]

@@ -4,6 +4,7 @@ import re
 
 _FENCE = re.compile(r"^[ \t]*(```|~~~)", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\s*\{")
+_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def in_code_or_formula(text: str) -> bool:
@@ -33,10 +34,14 @@ def in_code_or_formula(text: str) -> bool:
 
 def find_boxed(text: str) -> str | None:
     """The content of the last `\\boxed{...}` whose braces balance, or None."""
-    for match in reversed(list(_BOXED.finditer(text))):
-        depth = 1
-        for i in range(match.end(), len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if not depth:
-                return text[match.end() : i]
-    return None
+    open: list[re.Match[str]] = []
+    best = None
+    # One pass: a model that repeats `\\boxed{` for ever must not cost a scan for each.
+    for match in _BRACES.finditer(text):
+        if match.group().endswith("{") and match.group() != "\\{":
+            open.append(match)
+        elif match.group() == "}" and open:
+            start = open.pop()
+            if start.group() != "{" and (best is None or start.end() > best[0]):
+                best = (start.end(), match.start())
+    return text[best[0] : best[1]] if best else None

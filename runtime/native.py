@@ -1,255 +1,209 @@
 """The only importer of llama_cpp: typed calls, checked before they are made, failures mapped to our errors.
 
-llama.cpp answers some inputs by ending the process. What is known to do so is refused here: empty batches, batches over
-`n_batch`, ids out of range, positions that do not continue a sequence, models without a decoder or a cache.
+llama.cpp answers some inputs by ending the process. What is known to do so is refused here, in `cache.py` and in
+`header.py`, and never reaches it.
 """
 
 import ctypes
-import struct
+import os
 from collections import deque
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-from .errors import ContextFull, DecodeFailed, ModelBroken, ModelNotFound, ModelUnsupported, OutOfMemory
+from .errors import EngineError, LocalReasonError, ModelBroken, ModelUnsupported, OutOfMemory
+from .header import check_header, read_header
 
 CACHE_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
 """Names of key-value cache types and their ggml numbers."""
-_LONGEST_METADATA = 1 << 22
-_messages: deque[str] = deque(maxlen=40)
-_callbacks: list[Any] = []
+_WARN, _ERROR, _CONTINUED = 3, 4, 5
+"""ggml's log levels."""
+_NO_VOCABULARY, _SENTENCEPIECE = 0, 1
+_MARK_ATTRIBUTES = 1 << 3 | 1 << 4
+"""llama.cpp's CONTROL and USER_DEFINED."""
+_messages: deque[str] = deque(maxlen=20)
+_kept: list[Any] = []
+"""What llama.cpp holds pointers to."""
 
 
 @cache
 def library() -> ModuleType:
-    """llama_cpp, imported at first use, its log kept to the last lines."""
+    """llama_cpp, imported at first use; its log is silent, the last warnings and errors are kept."""
     import llama_cpp
+
+    level_before = 0
 
     @llama_cpp.llama_log_callback
     def keep(level: int, text: bytes, data: Any) -> None:
-        _messages.append(text.decode("utf-8", "replace").strip())
+        nonlocal level_before
+        level_before = level_before if level == _CONTINUED else level
+        if level_before in (_WARN, _ERROR) and text.strip():
+            _messages.append(text.decode("utf-8", "replace").strip())
 
-    _callbacks.append(keep)
+    _kept.append(keep)
     llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp
 
 
-def _cause() -> str:
-    """What llama.cpp logged about the latest failure."""
-    words = ("error", "fail", "invalid", "unknown", "missing", "not within", "unable", "wrong", "corrupt", "duplicated")
-    lines = [line for line in _messages if any(word in line.lower() for word in words)]
-    return lines[0] if lines else "llama.cpp gave no reason"
-
-
-def check_file(path: Path) -> None:
-    """Refuse what is no readable GGUF file of a known version, before llama.cpp sees it."""
-    if not path.exists():
-        raise ModelNotFound(f"there is no model file {path}; see `localreason models list`")
-    if path.is_dir():
-        raise ModelNotFound(f"{path} is a folder; give the .gguf file in it")
-    try:
-        with path.open("rb") as file:
-            head = file.read(24)
-    except OSError as error:
-        raise ModelNotFound(f"{path} cannot be read: {error.strerror}") from error
-    if len(head) < 24 or head[:4] != b"GGUF":
-        raise ModelBroken(f"{path} is not a GGUF file: it has {len(head)} header bytes and begins with {head[:4]!r}; get it again")
-    version, n_tensors, n_values = struct.unpack("<IQQ", head[4:])
-    if version not in (2, 3):
-        raise ModelBroken(f"{path} is GGUF version {version}; versions 2 and 3 are read, convert it again")
-    # Each tensor and each value takes at least 12 bytes of header: more than the file holds is a damaged count.
-    if (n_tensors + n_values) * 12 > path.stat().st_size:
-        raise ModelBroken(f"{path} claims {n_tensors} tensors and {n_values} values in {path.stat().st_size} bytes; get it again")
-
-
-def load_model(path: Path, n_gpu_layers: int, vocab_only: bool = False) -> Any:
-    """A model pointer. Raises ModelNotFound, ModelBroken, ModelUnsupported or OutOfMemory."""
-    check_file(path)
-    lib = library()
-    parameters = lib.llama_model_default_params()
-    parameters.n_gpu_layers = n_gpu_layers
-    parameters.vocab_only = vocab_only
+def forget_messages() -> None:
+    """Begin a call whose failure `cause` may be asked for."""
     _messages.clear()
-    model = lib.llama_model_load_from_file(str(path).encode(), parameters)
-    if not model:
-        raise _load_error(path)
-    if not vocab_only and (not lib.llama_model_has_decoder(model) or lib.llama_model_has_encoder(model)):
-        lib.llama_model_free(model)
-        raise ModelUnsupported(f"{path} is an encoder; only decoder models that write text can be run")
-    return model
 
 
-def _load_error(path: Path) -> Exception:
-    text, cause = "\n".join(_messages).lower(), _cause()
-    if "unknown model architecture" in text or "unknown pre-tokenizer" in text:
-        return ModelUnsupported(f"{path} cannot be run by this llama.cpp: {cause}; update llama-cpp-python or take another file")
-    if "unable to allocate" in text or "failed to allocate" in text or "out of memory" in text:
-        return OutOfMemory(f"{path} does not fit into memory: {cause}; take a smaller file or fewer GPU layers")
-    return ModelBroken(f"{path} is truncated or damaged: {cause}; get it again")
+def cause() -> str:
+    """What llama.cpp logged first about the latest failure, without the name of its function."""
+    for line in _messages:
+        if not line.startswith("warning"):
+            return line.split(": ", 1)[-1] if line.split(": ", 1)[0].isidentifier() else line
+    return "llama.cpp gave no reason"
 
 
-def metadata(model: Any) -> dict[str, str]:
-    """All scalar metadata of a model as text."""
-    lib = library()
-    found = {}
-    for index in range(lib.llama_model_meta_count(model)):
-        texts = []
-        for get in (lib.llama_model_meta_key_by_index, lib.llama_model_meta_val_str_by_index):
-            buffer = ctypes.create_string_buffer(256)
-            n = get(model, index, buffer, 256)
-            if 256 <= n < _LONGEST_METADATA:
-                buffer = ctypes.create_string_buffer(n + 1)
-                get(model, index, buffer, n + 1)
-            texts.append(buffer.value.decode("utf-8", "replace"))
-        found[texts[0]] = texts[1]
-    return found
+def is_out_of_memory() -> bool:
+    """True if the latest failure was logged as one of allocation."""
+    text = "\n".join(_messages).lower()
+    return any(words in text for words in ("allocat", "out of memory", "bad_alloc"))
 
 
-class Context:
-    """A llama_context and its cache, which knows how many tokens each sequence holds."""
+class Model:
+    """A loaded GGUF file and its vocabulary; freed once, and refused after that."""
 
-    def __init__(self, model: Any, n_context: int, n_sequences: int, n_batch: int, n_threads: int, cache_type: str) -> None:
+    def __init__(self, path: Path, n_gpu_layers: int = 0, use_mmap: bool = True, vocab_only: bool = False) -> None:
+        """Raises ModelNotFound, ModelBroken, ModelUnsupported or OutOfMemory."""
+        self.path = path
+        self.header = read_header(path)
+        check_header(self.header, path)
         lib = self._lib = library()
-        parameters = lib.llama_context_default_params()
-        parameters.n_ctx = n_context
-        parameters.n_batch = parameters.n_ubatch = n_batch
-        parameters.n_seq_max = n_sequences
-        parameters.n_threads = parameters.n_threads_batch = n_threads
-        parameters.type_k = parameters.type_v = CACHE_TYPES[cache_type]
-        parameters.kv_unified = True
-        parameters.no_perf = True
-        _messages.clear()
-        self.pointer = lib.llama_init_from_model(model, parameters)
-        if not self.pointer:
-            raise OutOfMemory(
-                f"a {cache_type} cache of {n_context} tokens cannot be made: {_cause()}; "
-                f"give a smaller context or another cache type"
-            )
-        self._memory = lib.llama_get_memory(self.pointer)
-        if not self._memory:
-            lib.llama_free(self.pointer)
-            raise ModelUnsupported("the model has no cache and cannot write text token by token; take another file")
-        self.n_batch = n_batch
-        self.n_context = lib.llama_n_ctx(self.pointer)
-        self.lengths = [0] * n_sequences
-        self._vocab = lib.llama_model_get_vocab(model)
-        self._n_vocab = lib.llama_vocab_n_tokens(self._vocab)
-        self._batch = lib.llama_batch_init(n_batch, 0, 1)
-        self._tokens = np.ctypeslib.as_array(self._batch.token, (n_batch,))
-        self._positions = np.ctypeslib.as_array(self._batch.pos, (n_batch,))
-        self._wanted = np.ctypeslib.as_array(self._batch.logits, (n_batch,))
-        ids = ctypes.cast(self._batch.seq_id, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
-        counts = np.ctypeslib.as_array(self._batch.n_seq_id, (n_batch,))
-        counts[:] = 1
-        # The one sequence id of each place, as a table of their addresses: written without a Python loop.
-        self._ids = [np.ctypeslib.as_array(ids[i], (1,)) for i in range(n_batch)]
+        parameters = lib.llama_model_default_params()
+        parameters.n_gpu_layers = n_gpu_layers
+        parameters.load_mode = lib.LLAMA_LOAD_MODE_MMAP if use_mmap else lib.LLAMA_LOAD_MODE_NONE
+        parameters.vocab_only = vocab_only
+        forget_messages()
+        self._pointer = lib.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not self._pointer:
+            raise _load_error(path)
+        try:
+            self._vocab = lib.llama_model_get_vocab(self._pointer)
+            self._check(vocab_only)
+        except BaseException:
+            self.close()
+            raise
+        self._buffer = ctypes.create_string_buffer(256)
 
-    def decode(self, spans: list[tuple[int, int, list[int], int]]) -> np.ndarray:
-        """Evaluate spans of (sequence, position, tokens, wanted rows); rows wanted as a view of llama.cpp's buffer."""
-        n = 0
-        n_rows = 0
-        for sequence, position, tokens, n_logits in spans:
-            self._check(sequence, position, tokens, n_logits, n)
-            end = n + len(tokens)
-            self._tokens[n:end] = tokens
-            self._positions[n:end] = np.arange(position, position + len(tokens)) if len(tokens) > 1 else position
-            self._wanted[n:end] = 0
-            if n_logits:
-                self._wanted[end - n_logits : end] = 1
-            for i in range(n, end):
-                self._ids[i][0] = sequence
-            n, n_rows = end, n_rows + n_logits
-        if not n:
-            raise DecodeFailed("an empty batch was to be decoded; a span needs at least one token")
-        self._batch.n_tokens = n
-        status = self._lib.llama_decode(self.pointer, self._batch)
-        if status:
-            self._raise(status, n)
-        for sequence, position, tokens, _ in spans:
-            self.lengths[sequence] = position + len(tokens)
-        if not n_rows:
-            return np.empty((0, self._n_vocab), dtype=np.float32)
-        pointer = self._lib.llama_get_logits(self.pointer)
-        return np.ctypeslib.as_array(pointer, (n_rows, self._n_vocab))
-
-    def _check(self, sequence: int, position: int, tokens: list[int], n_logits: int, n: int) -> None:
-        self.check_sequence(sequence)
-        if not tokens or n + len(tokens) > self.n_batch:
-            raise DecodeFailed(f"a batch of {n + len(tokens)} tokens was to be decoded; it holds 1 to {self.n_batch}")
-        if position != self.lengths[sequence]:
-            raise DecodeFailed(f"position {position} does not continue sequence {sequence} of {self.lengths[sequence]} tokens")
-        if min(tokens) < 0 or max(tokens) >= self._n_vocab:
-            raise DecodeFailed(f"token ids {min(tokens)} to {max(tokens)} are not within the vocabulary of {self._n_vocab}")
-        if not 0 <= n_logits <= len(tokens):
-            raise DecodeFailed(f"{n_logits} rows of logits were asked for of {len(tokens)} tokens")
-
-    def _raise(self, status: int, n: int) -> None:
-        if status == 1:
-            raise ContextFull(f"no room for {n} more tokens in a cache of {self.n_context}; give a larger context")
-        if status == 2:
-            raise DecodeFailed("decoding was aborted")
-        raise DecodeFailed(f"llama_decode failed with {status} on {n} tokens: {_cause()}")
-
-    def check_sequence(self, sequence: int) -> None:
-        """Refuse a sequence id that the cache does not have."""
-        if not 0 <= sequence < len(self.lengths):
-            raise DecodeFailed(f"there is no sequence {sequence}; the cache has {len(self.lengths)}")
-
-    def remove(self, sequence: int, n_kept: int) -> None:
-        """Forget all but the first `n_kept` tokens of a sequence."""
-        self.check_sequence(sequence)
-        if n_kept >= self.lengths[sequence]:
+    def _check(self, vocab_only: bool) -> None:
+        lib, kind = self._lib, self._lib.llama_vocab_type(self._vocab)
+        if kind == _NO_VOCABULARY:
+            raise ModelUnsupported(f"{self.path} has no vocabulary; take a file that is a whole model")
+        self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
+        if kind == _SENTENCEPIECE:
+            texts = {lib.llama_vocab_get_text(self._vocab, token) for token in range(self.n_vocab)}
+            # A byte that is no token, as <0xXX> or as itself, is an exception that nothing catches.
+            lost = [i for i in range(256) if b"<0x%02X>" % i not in texts and not (i < 128 and bytes([i]) in texts)]
+            if lost:
+                raise ModelBroken(f"{self.path} has no tokens for {len(lost)} of 256 bytes; get it again")
+        if vocab_only:
             return
-        if not self._lib.llama_memory_seq_rm(self._memory, sequence, n_kept if n_kept > 0 else -1, -1):
-            raise DecodeFailed(f"the model cannot forget a part of a sequence (from token {n_kept}); forget all of it")
-        self.lengths[sequence] = max(n_kept, 0)
-
-    def copy(self, source: int, target: int, n_tokens: int) -> None:
-        """Let an empty sequence share the first tokens of another."""
-        self.check_sequence(source)
-        self.check_sequence(target)
-        if source == target or self.lengths[target] or not 0 <= n_tokens <= self.lengths[source]:
-            raise DecodeFailed(
-                f"sequence {target} of {self.lengths[target]} tokens cannot take {n_tokens} of the "
-                f"{self.lengths[source]} tokens of sequence {source}"
+        if not lib.llama_model_has_decoder(self._pointer) or lib.llama_model_has_encoder(self._pointer):
+            raise ModelUnsupported(f"{self.path} has an encoder; only decoder models that write text can be run")
+        if lib.llama_model_is_diffusion(self._pointer):
+            raise ModelUnsupported(
+                f"{self.path} is a diffusion model; only models that write token by token can be run"
             )
-        if n_tokens:
-            self._lib.llama_memory_seq_cp(self._memory, source, target, 0 if n_tokens < self.lengths[source] else -1,
-                                          n_tokens if n_tokens < self.lengths[source] else -1)
-            self.lengths[target] = n_tokens
 
-    def get_state(self, sequence: int) -> bytes:
-        """The cache of one sequence as bytes."""
-        self.check_sequence(sequence)
-        size = self._lib.llama_state_seq_get_size(self.pointer, sequence)
-        buffer = (ctypes.c_uint8 * size)()
-        return bytes(buffer[: self._lib.llama_state_seq_get_data(self.pointer, buffer, size, sequence)])
+    @property
+    def pointer(self) -> Any:
+        """The llama_model. Raises EngineError once it is freed."""
+        if not self._pointer:
+            raise EngineError(f"{self.path} is closed; open it again")
+        return self._pointer
 
-    def set_state(self, sequence: int, state: bytes, n_tokens: int) -> bool:
-        """Put such bytes into an empty sequence; False where llama.cpp refuses them."""
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if not self._lib.llama_state_seq_set_data(self.pointer, buffer, len(state), sequence):
-            self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-            return False
-        self.lengths[sequence] = n_tokens
-        if self._lib.llama_memory_seq_pos_max(self._memory, sequence) != n_tokens - 1:
-            self.remove(sequence, 0)
-            return False
-        return True
+    @property
+    def is_recurrent(self) -> bool:
+        """True for models that hold a state in place of, or besides, a cache of tokens."""
+        return bool(self._lib.llama_model_is_recurrent(self.pointer) or self._lib.llama_model_is_hybrid(self.pointer))
 
-    def warm(self, token: int) -> None:
-        """Evaluate one token for nothing, so that weights are read and threads started."""
-        self._lib.llama_set_warmup(self.pointer, True)
-        self.decode([(0, 0, [token], 0)])
-        self._lib.llama_set_warmup(self.pointer, False)
-        self.remove(0, 0)
+    @property
+    def n_context_train(self) -> int:
+        return self._lib.llama_model_n_ctx_train(self.pointer)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self._lib.llama_model_size(self.pointer)
+
+    @property
+    def chat_template(self) -> str | None:
+        template = self._lib.llama_model_chat_template(self.pointer, None)
+        return template.decode("utf-8", "replace") if template else None
+
+    def metadata(self) -> dict[str, str]:
+        """All scalars and strings of the metadata as text."""
+        lib, found = self._lib, {}
+        for index in range(lib.llama_model_meta_count(self.pointer)):
+            texts = []
+            for get in (lib.llama_model_meta_key_by_index, lib.llama_model_meta_val_str_by_index):
+                n = get(self.pointer, index, ctypes.create_string_buffer(1), 1)
+                buffer = ctypes.create_string_buffer(max(n, 0) + 1)
+                get(self.pointer, index, buffer, len(buffer))
+                texts.append(buffer.value.decode("utf-8", "replace"))
+            found[texts[0]] = texts[1]
+        return found
+
+    def tokenize(self, data: bytes, parse_special: bool) -> list[int]:
+        """Token ids of valid UTF-8, without BOS or EOS."""
+        assert self.pointer
+        size = len(data) + 8
+        for _ in range(2):
+            ids = (ctypes.c_int32 * size)()
+            n = self._lib.llama_tokenize(self._vocab, data, len(data), ids, size, False, parse_special)
+            if n >= 0:
+                return ids[:n]
+            size = -n
+        raise EngineError(f"a text of {len(data)} bytes has too many tokens; give a shorter one")
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token, control tokens as their names."""
+        if not self.pointer or not 0 <= token < self.n_vocab:
+            raise EngineError(f"token id {token} is not within the vocabulary of {self.n_vocab}")
+        while True:
+            n = self._lib.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, True)
+            if n >= 0:
+                return self._buffer.raw[:n]
+            self._buffer = ctypes.create_string_buffer(-n)
+
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a generation."""
+        assert self.pointer
+        is_end, vocab = self._lib.llama_vocab_is_eog, self._vocab
+        return frozenset(token for token in range(self.n_vocab) if is_end(vocab, token))
+
+    def marks(self) -> list[int]:
+        """Control and user-defined tokens."""
+        assert self.pointer
+        attribute, vocab = self._lib.llama_vocab_get_attr, self._vocab
+        return [token for token in range(self.n_vocab) if attribute(vocab, token) & _MARK_ATTRIBUTES]
+
+    def prefix(self) -> list[int]:
+        """What a prompt has to begin with: BOS where the model wants it."""
+        bos = self._lib.llama_vocab_bos(self._vocab) if self.pointer else -1
+        return [bos] if self._lib.llama_vocab_get_add_bos(self._vocab) and 0 <= bos < self.n_vocab else []
 
     def close(self) -> None:
-        if self.pointer:
-            self._lib.llama_batch_free(self._batch)
-            self._lib.llama_free(self.pointer)
-            self.pointer = None
+        """Free the weights; closing twice does nothing."""
+        if self._pointer:
+            self._lib.llama_model_free(self._pointer)
+            self._pointer = None
+
+
+def _load_error(path: Path) -> LocalReasonError:
+    text = "\n".join(_messages).lower()
+    if "unknown model architecture" in text or "unknown pre-tokenizer" in text or "clip cannot" in text:
+        return ModelUnsupported(
+            f"{path} cannot be run by this llama.cpp: {cause()}; update llama-cpp-python or take another"
+        )
+    if is_out_of_memory():
+        return OutOfMemory(f"{path} does not fit into memory: {cause()}; take a smaller file or fewer GPU layers")
+    if "file bounds" in text:
+        return ModelBroken(f"{path} is truncated at {path.stat().st_size} bytes: {cause()}; get it again")
+    return ModelBroken(f"{path} is damaged: {cause()}; get it again")

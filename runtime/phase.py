@@ -23,7 +23,7 @@ class PhaseTracker:
         self.n_swallowed = 0
         self.closed_at: int | None = None
         self.closed_kept = ""
-        self._read(prompt_tail, -1)
+        self._read(prompt_tail, -1, is_final=True)
         self._pending, self._has_answer = "", False
         self._places.clear()
         self.closed_at, self.closed_kept = None, ""
@@ -39,15 +39,14 @@ class PhaseTracker:
 
     def flush(self) -> list[tuple[str, Phase]]:
         """What was held back, once the reply has ended."""
-        parts = self._read(self._decoder.flush(), -1)
-        if self._pending:
-            parts.append((self._pending, self.phase))
-            self._pending = ""
+        parts = self._read(self._decoder.flush(), -1, is_final=True)
+        self._emit(len(self._pending), parts)
         return parts
 
     def reopen(self) -> None:
         """Take the latest closing tag back: the block goes on."""
         self.phase = Phase.THINK
+        self._decoder = StreamDecoder()  # half a character behind the tag is taken back with it
         self._pending = ""
         self._places.clear()
         self._has_answer = False
@@ -59,7 +58,7 @@ class PhaseTracker:
         # Models repeat the closing tag after a forced close: at the start of an answer it is swallowed.
         return self._format.opens if self._has_answer else self._format.opens + self._format.closes
 
-    def _read(self, text: str, index: int) -> list[tuple[str, Phase]]:
+    def _read(self, text: str, index: int, is_final: bool = False) -> list[tuple[str, Phase]]:
         parts: list[tuple[str, Phase]] = []
         if text:
             self._pending += text
@@ -70,21 +69,25 @@ class PhaseTracker:
                 self._emit(len(self._pending) - self._n_held(), parts)
                 return parts
             start, tag = found
-            if self._may_grow(start, tag):
-                self._emit(start, parts)
-                return parts
             self._emit(start, parts)
+            if tag not in self._tags():
+                continue  # a closing tag behind what turned out to be an answer is text
+            if self._may_grow(tag) and not is_final:
+                return parts
             self._turn(tag)
         return parts
 
     def _find(self) -> tuple[int, str] | None:
         """The earliest tag in what is pending, the longest of those that begin there."""
         found = [(self._pending.find(tag), tag) for tag in self._tags() if tag in self._pending]
+        if self.phase is Phase.ANSWER:  # a closing tag behind text of the answer is text itself
+            opens = self._format.opens
+            found = [(start, tag) for start, tag in found if tag in opens or not self._pending[:start].strip()]
         return min(found, key=lambda item: (item[0], -len(item[1]))) if found else None
 
-    def _may_grow(self, start: int, tag: str) -> bool:
-        """True where more text could make a longer tag of the one found."""
-        rest = self._pending[start:]
+    def _may_grow(self, tag: str) -> bool:
+        """True where more text could make a longer tag of the one at the head of what is pending."""
+        rest = self._pending
         return any(len(other) > len(tag) and other.startswith(rest) and other != rest for other in self._tags())
 
     def _n_held(self) -> int:

@@ -64,9 +64,8 @@ def choose(row: Row, sampling: Sampling, uniform: float) -> int:
 
 def entropy(row: Row) -> float:
     """Shannon entropy in nats of softmax(row) at temperature 1 over the whole vocabulary."""
-    shifted = row - row.max()
+    # A banned token's -inf would make its product NaN; the weight of -100 is as good as none.
+    shifted = np.maximum(row - row.max(), np.float32(-100.0))
     weights = np.exp(shifted)
     total = float(weights.sum(dtype=np.float64))
-    # Where a logit is -inf its weight is 0 and its product NaN: it contributes nothing.
-    products = np.where(weights > 0, weights * shifted, 0.0)
-    return float(np.log(total) - products.sum(dtype=np.float64) / total)
+    return float(np.log(total) - np.dot(weights, shifted) / total)

@@ -1,18 +1,27 @@
-"""Chat templates from model files: untrusted code, rendered in Jinja's sandbox under limits of time and size."""
+"""Chat templates from model files: untrusted code, rendered in Jinja's sandbox under limits of time and size.
+
+A deadline ends what runs in Python. What Jinja does in one native call cannot be interrupted, so whatever could make
+such a call long or large is bounded beforehand: operators, string methods, filters, and what is turned into text.
+"""
 
 import json
+import re
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import ItemsView, Iterable, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import jinja2
+import markupsafe
+from jinja2 import filters, runtime
 from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from .errors import TemplateError
 
@@ -22,7 +31,26 @@ CHATML = (
 )
 
 _MOST_SECONDS = 2.0
-_MOST_CHARACTERS = 4_000_000
+_MOST_CHARACTERS = 1_000_000
+"""Of a template, and of any text that it makes; messages do not count, marks stand in for them."""
+_MOST_BITS = 20_000
+_METHODS = frozenset(
+    (
+        "capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdecimal", "isdigit", "islower",
+        "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix",
+        "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines",
+        "startswith", "strip", "swapcase", "title", "upper",
+    )
+)
+"""Methods of strings that a template may call; `format`, `ljust` and the like make text of any length."""
+_FILTERS = frozenset(
+    (
+        "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "first", "float", "groupby", "int", "items",
+        "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe", "select",
+        "selectattr", "sort", "sum", "title", "trim", "truncate", "unique", "upper",
+    )
+)
+"""Jinja's own filters that need no bound; the others are replaced or refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +69,134 @@ class Part:
     is_trusted: bool
 
 
+def _refuse(what: str) -> NoReturn:
+    raise TemplateError(f"the chat template {what}; give another template")
+
+
+def _bound(value: Any) -> Any:
+    """The value, if its text is not too long: lists that hold each other several times grow without bound."""
+    n, rest = 0, [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, str):
+            n += len(item)
+        elif isinstance(item, Namespace):
+            _refuse("writes a namespace as text")
+        elif isinstance(item, (Mapping, KeysView, ValuesView, ItemsView, list, tuple, set)):
+            n += len(item)
+            if n <= _MOST_CHARACTERS:
+                rest += [*item.keys(), *item.values()] if isinstance(item, Mapping) else list(item)
+        n += 1
+        if n > _MOST_CHARACTERS:
+            _refuse(f"makes a text of more than {_MOST_CHARACTERS} characters")
+    return value
+
+
+def _concat(pieces: Iterable[str]) -> str:
+    return "".join(_bound(list(pieces)))
+
+
+def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
+    text, new = str(_bound(text)), str(_bound(new))
+    if len(text) + text.count(old) * len(new) > _MOST_CHARACTERS:
+        _refuse(f"makes a text of more than {_MOST_CHARACTERS} characters")
+    return text.replace(old, new, -1 if count is None else count)
+
+
+@jinja2.pass_eval_context
+def _join(context: Any, values: Iterable[Any], separator: str = "", attribute: Any = None) -> str:
+    values = list(values)
+    _bound(values)
+    if len(values) * len(separator) > _MOST_CHARACTERS:
+        _refuse(f"makes a text of more than {_MOST_CHARACTERS} characters")
+    return filters.sync_do_join(context, values, separator, attribute)
+
+
+def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    if (width if isinstance(width, int) else len(width)) > 64:
+        _refuse(f"indents by {width}")
+    return filters.do_indent(text, width, first, blank)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As Hugging Face has it: no escapes for HTML, which Jinja's own filter makes."""
+    if indent is not None and indent > 64:
+        _refuse(f"indents by {indent}")
+    return json.dumps(
+        _bound(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _refused_filter(name: str) -> Any:
+    def refused(*arguments: Any, **named: Any) -> NoReturn:
+        _refuse(f"uses the filter {name}, which is not allowed")
+
+    return refused
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.exceptions.TemplateRuntimeError(message)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    concat = staticmethod(_concat)  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_bound
+        )
+        self.filters = {
+            name: filter if name in _FILTERS else _refused_filter(name) for name, filter in self.filters.items()
+        }
+        self.filters |= {"tojson": _tojson, "join": _join, "replace": _replace, "indent": _indent}
+        self.filters |= {"string": lambda value: str(_bound(value))}
+        self.filters |= dict.fromkeys(("e", "escape", "forceescape"), lambda value: markupsafe.escape(_bound(value)))
+        del self.globals["lipsum"]
+        self.globals["raise_exception"] = _raise
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and not (abs(left) < 1000 and abs(right) < 100):
-            raise TemplateError(f"the chat template computes {left} ** {right}; give another template")
-        sized = left if hasattr(left, "__len__") else right if hasattr(right, "__len__") else None
-        if operator == "*" and sized is not None:
-            times = right if sized is left else left
-            if len(sized) * times > _MOST_CHARACTERS:
-                raise TemplateError(f"the chat template repeats a text {times} times; give another template")
+            _refuse(f"computes {left} ** {right}")
         if operator == "%" and isinstance(left, str):
-            raise TemplateError("the chat template formats text with %, which is not allowed; give another template")
+            _refuse("formats text with %, which is not allowed")
+        sizes = [len(item) for item in (left, right) if hasattr(item, "__len__")]
+        if operator == "+" and sum(sizes) > _MOST_CHARACTERS:
+            _refuse(f"makes a text of more than {_MOST_CHARACTERS} characters")
+        if operator == "*":
+            if sizes and sizes[0] * (right if hasattr(left, "__len__") else left) > _MOST_CHARACTERS:
+                _refuse("repeats a text too often")
+            if sum(item.bit_length() for item in (left, right) if isinstance(item, int)) > _MOST_BITS:
+                _refuse(f"computes a number of more than {_MOST_BITS} bits")
         return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """Nothing: a format decides by itself how long its text becomes, so `is_safe_attribute` refuses it."""
+        return
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str):
+            return attr in _METHODS
+        return not isinstance(obj, (int, float)) and super().is_safe_attribute(obj, attr, value)
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if isinstance(owner, str) and name == "replace":
+            return _replace(owner, *args, **kwargs)
+        if isinstance(owner, str) and name == "join":
+            return _join(context.eval_ctx, *args, separator=owner)
+        return super().call(context, obj, *args, **kwargs)
+
+
+_ENVIRONMENT = _Environment()
+_JOINING = (runtime.str_join.__code__, runtime.markup_join.__code__, markupsafe.soft_str.__code__)
+"""Functions behind `~` and most string filters, which no hook of Jinja's lets us bound."""
 
 
 def render(
@@ -73,63 +215,72 @@ def render(
     if not template:
         raise TemplateError("the model file has no chat template; name one, such as --template chatml")
     nonce = secrets.token_hex(4)
-    marks = [f"\ue000{nonce}:{i}\ue001" for i in range(len(messages))]
-    stand_ins = [{"role": message.role, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+    stand_ins = [
+        {"role": message.role, "content": f"\ue000{nonce}:{i}\ue001"} for i, message in enumerate(messages)
+    ]
     values = {
         "messages": stand_ins,
         "add_generation_prompt": True,
         "enable_thinking": is_thinking,
+        "thinking": is_thinking,
         "bos_token": "",
         "eos_token": "",
         **(tokens or {}),
+        "strftime_now": (now or datetime.now()).strftime,
     }
-    text = _run(template, values, now or datetime.now())
-    parts: list[Part] = []
+    pieces = re.split(f"\ue000{nonce}:(\\d+)\ue001", _run(template, values))
+    # Some templates move a message, such as the system's to the last user's turn: any order will do.
+    kept = {int(i) for i in pieces[1::2]}
     for i, message in enumerate(messages):
-        before, mark, text = text.partition(marks[i])
-        if not mark:
+        if i not in kept:
             raise TemplateError(
-                f"the chat template drops or reorders message {i + 1} of {len(messages)} ({message.role}); "
-                f"give another template"
+                f"the chat template drops message {i + 1} of {len(messages)} ({message.role}); give another template"
             )
-        parts += [Part(before, True), Part(message.content, False)]
-    if "\ue000" + nonce in text:
-        raise TemplateError("the chat template writes a message twice; give another template")
-    return [part for part in (*parts, Part(text, True)) if part.text]
+    if any(nonce in text or "\ue000" in text for text in pieces[::2]):
+        _refuse("cuts a message into pieces")
+    parts = [Part(messages[int(text)].content, False) if i % 2 else Part(text, True) for i, text in enumerate(pieces)]
+    return [part for part in parts if part.text]
 
 
-def _run(template: str, values: dict[str, Any], now: datetime) -> str:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = now.strftime
-    deadline = time.monotonic() + _MOST_SECONDS
+@lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    if len(template) > _MOST_CHARACTERS:
+        _refuse(f"has {len(template)} characters, above {_MOST_CHARACTERS}")
+    return _ENVIRONMENT.from_string(template)
+
+
+def _run(template: str, values: dict[str, Any]) -> str:
+    deadline = 0.0
 
     def watch(frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "call" and frame.f_code in _JOINING:
+            _bound(list(frame.f_locals.values()))
         if time.monotonic() > deadline:
-            raise TemplateError(f"the chat template ran longer than {_MOST_SECONDS:.0f} s; give another template")
+            _refuse(f"ran longer than {_MOST_SECONDS:.0f} s")
         return watch
 
-    # Only a trace function can end a loop that neither calls nor yields anything.
     before = sys.gettrace()
-    sys.settrace(watch)
     try:
-        pieces, n = [], 0
-        for piece in environment.from_string(template).generate(values):
-            pieces.append(piece)
-            n += len(piece)
-            if n > _MOST_CHARACTERS:
-                raise TemplateError(f"the chat template writes more than {_MOST_CHARACTERS} characters")
-        return "".join(pieces)
-    except TemplateError:
-        raise
-    except (JinjaError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        compiled = _compile(template)
+        deadline = time.monotonic() + _MOST_SECONDS
+        # Only a trace function can end a loop that neither calls nor yields anything.
+        sys.settrace(watch)
+        return _join_output(compiled.generate(values))
+    except (JinjaError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise TemplateError(f"the chat template fails: {error}; give another template") from error
+    except (RuntimeError, SystemError, SyntaxError, AssertionError) as error:  # too deep, or too many nested blocks
+        raise TemplateError(f"the chat template cannot be run: {error}; give another template") from error
     except MemoryError as error:
         raise TemplateError("the chat template uses too much memory; give another template") from error
     finally:
         sys.settrace(before)
 
 
-def _raise(message: str) -> None:
-    raise jinja2.exceptions.TemplateRuntimeError(message)
+def _join_output(pieces: Iterable[str]) -> str:
+    kept, n = [], 0
+    for piece in pieces:
+        kept.append(piece)
+        n += len(piece)
+        if n > _MOST_CHARACTERS:
+            _refuse(f"writes more than {_MOST_CHARACTERS} characters")
+    return "".join(kept)

@@ -1,0 +1,139 @@
+"""The only place that wires settings to recipes, files and engines."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import typer
+
+from ..runtime.errors import ControlError, InputError
+from . import store
+from .config import Config
+from .hub import Hub, HuggingFace
+
+if TYPE_CHECKING:
+    from ..runtime.events import Event
+    from ..runtime.llama import EngineOptions
+    from ..runtime.model import Answered, Question, Recipe
+
+
+class Solver(Protocol):
+    """What the commands need of an opened model."""
+
+    def solve(
+        self, questions: "Iterable[Question]", recipe: "Recipe | None" = None, n_parallel: int = 1
+    ) -> "Iterator[Event | Answered]":
+        """Events of all questions, each ending with its `Answered`."""
+        ...
+
+
+def open_model(path: Path, options: "EngineOptions") -> AbstractContextManager[Solver]:
+    """The real thing: a GGUF file in llama.cpp."""
+    from ..runtime.model import Model
+
+    return Model.open(path, options)
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What a test replaces: it hands another one to `main`."""
+
+    open_model: "Callable[[Path, EngineOptions], AbstractContextManager[Solver]]" = open_model
+    hub: Callable[[], Hub] = HuggingFace
+
+
+def wiring(context: typer.Context) -> Wiring:
+    """The wiring of this command line."""
+    return context.obj if isinstance(context.obj, Wiring) else Wiring()
+
+
+def make_recipe(config: Config, is_insisting: bool = False) -> "Recipe":
+    """Everything that shapes the answers. Raises ControlError or InputError."""
+    from ..runtime.controls import combine
+    from ..runtime.formats import find_format
+    from ..runtime.model import Recipe
+    from ..runtime.sampler import Sampling
+
+    chosen = config.settings
+    if chosen.format is not None:
+        find_format(chosen.format)
+    return Recipe(
+        controls=combine(None if chosen.preset == "none" else chosen.preset, chosen.controls, is_insisting),
+        sampling=Sampling(chosen.temperature, chosen.top_p, chosen.top_k, chosen.min_p),
+        seed=chosen.seed,
+        max_tokens=chosen.max_tokens,
+        is_thinking=chosen.think,
+        format=chosen.format,
+    )
+
+
+def make_options(config: Config, recipe: "Recipe", n_parallel: int) -> "EngineOptions":
+    """How the file is to be opened for this many problems at once."""
+    from ..runtime.llama import EngineOptions
+
+    chosen, n_sequences = config.settings, recipe.n_sequences(n_parallel)
+    try:
+        return EngineOptions(
+            n_context=chosen.context,
+            n_sequences=n_sequences,
+            n_threads=chosen.threads,
+            n_gpu_layers=chosen.gpu_layers,
+            cache_type=chosen.cache_type,
+        )
+    except InputError as error:
+        raise ControlError(
+            f"{n_parallel} problems at once need {n_sequences} sequences; lower --parallel or search:n ({error})"
+        ) from error
+
+
+def find_model(config: Config, hub: Callable[[], Hub]) -> Path:
+    """The file of the model that was asked for, pulled if it is not here; the demo where none was named."""
+    reference = config.settings.model
+    if reference is None:
+        path = store.demo()
+        _tell(
+            f"no model given: {path.stem} only demonstrates; "
+            f"for real answers run `localreason models pull {store.RECOMMENDED}` and give --model {store.RECOMMENDED}"
+        )
+        return path
+    path = store.find(reference, config.store)
+    if path is None:
+        _tell(f"{reference} is not here yet; pulling it to {config.store}")
+        path = store.pull(reference, config.store, hub())
+    return path
+
+
+def _tell(sentence: str) -> None:
+    print(f"localreason: {sentence}", file=sys.stderr, flush=True)
+
+
+def describe_controls() -> dict[str, Any]:
+    """All controls with their parameters, and all presets, as plain values."""
+    from dataclasses import fields
+
+    from ..runtime.controls import CONTROLS, PRESETS, describe
+
+    controls = []
+    for name, control in CONTROLS.items():
+        parameters = [
+            {
+                "name": item.name,
+                "default": item.default,
+                "help": item.metadata["help"],
+                "min": item.metadata.get("min"),
+                "max": item.metadata.get("max"),
+                "choices": list(item.metadata.get("choices", ())),
+            }
+            for item in fields(control.Parameters)
+        ]
+        controls.append(
+            {"name": name, "summary": control.summary, "source": control.source, "parameters": parameters}
+        )
+    presets = [
+        {"name": preset.name, "summary": preset.summary, "controls": [describe(item) for item in preset.controls]}
+        for preset in PRESETS.values()
+    ]
+    return {"controls": controls, "presets": presets}

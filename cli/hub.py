@@ -1,0 +1,87 @@
+"""The Hugging Face Hub as the store sees it: list a repository's files, fetch one."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ..runtime.errors import ModelError, ModelNotFound, OutputError
+
+_DEADLINE_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a repository; size and SHA-256 are the Hub's own record of it."""
+
+    name: str
+    n_bytes: int
+    sha256: str | None
+
+
+class Hub(Protocol):
+    """What pulling needs. Raises ModelNotFound or ModelError with the remedy."""
+
+    def files(self, repository: str) -> list[RemoteFile]:
+        """All files of a repository."""
+        ...
+
+    def download(self, repository: str, name: str, folder: Path) -> Path:
+        """Fetch a file into a folder, going on where an earlier attempt stopped; return its path."""
+        ...
+
+
+class HuggingFace:
+    """The real Hub, by huggingface_hub, which resumes downloads itself."""
+
+    def files(self, repository: str) -> list[RemoteFile]:
+        import huggingface_hub
+
+        with _mapped(repository):
+            api = huggingface_hub.HfApi(library_name="localreason")
+            info = api.model_info(repository, files_metadata=True, timeout=_DEADLINE_SECONDS)
+        return [
+            RemoteFile(item.rfilename, item.size or 0, item.lfs.sha256 if item.lfs else None)
+            for item in info.siblings or []
+        ]
+
+    def download(self, repository: str, name: str, folder: Path) -> Path:
+        import huggingface_hub
+
+        with _mapped(repository):
+            file = huggingface_hub.hf_hub_download(
+                repository, name, local_dir=folder, etag_timeout=_DEADLINE_SECONDS, library_name="localreason"
+            )
+        return Path(file)
+
+
+@contextlib.contextmanager
+def _mapped(repository: str) -> Iterator[None]:
+    """The library's errors as ours."""
+    from huggingface_hub import errors
+
+    # The HTTP library's own root error; which library that is depends on the version of huggingface_hub.
+    network = (errors.HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{repository} is gated; accept its terms on huggingface.co and set HF_TOKEN, or choose another model"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise ModelNotFound(
+            f"there is no repository {repository} on Hugging Face; `localreason models list` names some that exist"
+        ) from error
+    except network as error:
+        raise ModelError(
+            f"Hugging Face cannot be reached for {repository} ({_first_line(error)}); check the network and try again, "
+            f"or fetch the file elsewhere and give its path to --model"
+        ) from error
+    except OSError as error:
+        raise OutputError(f"{repository} cannot be stored: {error.strerror or _first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

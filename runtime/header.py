@@ -1,0 +1,151 @@
+"""Reads the metadata of a GGUF file and refuses what would end the process inside llama.cpp.
+
+llama.cpp asserts on some contradictions of a header instead of reporting them. Each check here stands for one that a
+test has seen do so.
+"""
+
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import ModelBroken, ModelNotFound
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+_ALIGNMENT = 32
+_MOST_LAYERS = 512
+_MOST_EXPERTS = 1024
+_LONGEST_KEPT = 4096
+"""Arrays of more numbers than this are passed over."""
+
+
+class _Damage(Exception):
+    """The header ends early or contradicts itself."""
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file: scalars, strings and short arrays of numbers. Raises ModelNotFound, ModelBroken."""
+    try:
+        if path.is_dir():
+            raise ModelNotFound(f"{path} is a folder; give the .gguf file in it")
+        if not path.is_file():
+            raise ModelNotFound(f"there is no model file {path}; see `localreason models list`")
+        with path.open("rb") as file:
+            return _read(file, path)
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"{path} cannot be read: {error}; check its name and its permissions") from error
+    except _Damage as error:
+        raise ModelBroken(f"{path} is truncated or damaged: {error}; get it again") from error
+
+
+def _read(file: BinaryIO, path: Path) -> dict[str, Any]:
+    n_bytes = path.stat().st_size
+    head = file.read(24)
+    if head[:4] != b"GGUF":
+        raise ModelBroken(
+            f"{path} is not a GGUF file: it begins with {head[:4]!r}, not with b'GGUF'; convert or get it again"
+        )
+    if len(head) < 24:
+        raise _Damage(f"it has {len(head)} bytes and the first part of its header takes 24")
+    version, n_tensors, n_values = struct.unpack("<IQQ", head[4:])
+    if version not in (2, 3):
+        raise ModelBroken(f"{path} is GGUF version {version}; versions 2 and 3 are read, convert it again")
+    # A tensor takes at least 24 bytes of header and a value 13: more than the file holds is a damaged count.
+    if n_tensors * 24 + n_values * 13 > n_bytes:
+        raise _Damage(f"it claims {n_tensors} tensors and {n_values} values in {n_bytes} bytes")
+    reader = _Reader(file, n_bytes)
+    values: dict[str, Any] = {}
+    for _ in range(n_values):
+        key = reader.text()
+        values[key] = reader.value(reader.number("I"), key)
+    return values
+
+
+class _Reader:
+    """Reads numbers and texts, never past the end."""
+
+    def __init__(self, file: BinaryIO, n_bytes: int) -> None:
+        self._file = file
+        self._n_bytes = n_bytes
+
+    def take(self, n: int) -> bytes:
+        if n > self._n_bytes - self._file.tell():
+            raise _Damage(f"its header wants {n} bytes at {self._file.tell()}, it ends at {self._n_bytes}")
+        return self._file.read(n)
+
+    def number(self, form: str) -> Any:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", "replace")
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise _Damage(f"the value {key!r} is of unknown kind {kind}")
+        kind, n = self.number("I"), self.number("Q")
+        if kind == _STRING:
+            return self._texts(n, key)
+        if kind not in _SCALARS:
+            raise _Damage(f"the array {key!r} is of unknown kind {kind}")
+        form = _SCALARS[kind]
+        data = self.take(n * struct.calcsize("<" + form))
+        return list(struct.unpack(f"<{n}{form}", data)) if n <= _LONGEST_KEPT else None
+
+    def _texts(self, n: int, key: str) -> None:
+        """Pass over texts; those of a vocabulary must differ, the empty ones apart."""
+        if n * 8 > self._n_bytes:
+            raise _Damage(f"the array {key!r} claims {n} texts")
+        read, unpack = self._file.read, struct.Struct("<Q").unpack
+        is_vocabulary, found, n_empty = key == "tokenizer.ggml.tokens", set[bytes](), 0
+        for _ in range(n):
+            size = unpack(self.take(8) if self._file.tell() + 8 > self._n_bytes else read(8))[0]
+            text = self.take(size) if size > 1024 else read(size)
+            if len(text) != size:
+                raise _Damage(f"the array {key!r} is cut off")
+            if is_vocabulary:
+                found.add(text)
+                n_empty += not text
+        if is_vocabulary and len(found) - (b"" in found) != n - n_empty:
+            raise _Damage(f"{n - n_empty - len(found)} of its {n} tokens stand twice in the vocabulary")
+
+
+def check_header(values: dict[str, Any], path: Path) -> None:
+    """Refuse numbers that llama.cpp asserts on. Raises ModelBroken."""
+    architecture = values.get("general.architecture")
+
+    def highest(name: str, default: float = 0) -> float:
+        """The largest of a number or of an array of them."""
+        value = values.get(f"{architecture}.{name}", default)
+        found = value if isinstance(value, list) else [value]
+        return max((item for item in found if isinstance(item, int | float)), default=default)
+
+    n_layers, n_experts, n_used = highest("block_count", 1), highest("expert_count"), highest("expert_used_count")
+    n_groups, n_groups_used = highest("expert_group_count"), highest("expert_group_used_count")
+    limits = [
+        ("block_count", n_layers, 1, _MOST_LAYERS),
+        ("nextn_predict_layers", highest("nextn_predict_layers"), 0, n_layers),
+        ("expert_count", n_experts, 0, _MOST_EXPERTS),
+        ("expert_used_count", n_used, 1 if n_experts else 0, n_experts),
+        ("expert_group_count", n_groups, 0, max(n_experts - 1, 0)),
+        ("attention.layer_norm_rms_epsilon", highest("attention.layer_norm_rms_epsilon"), 0, 1),
+        ("attention.layer_norm_epsilon", highest("attention.layer_norm_epsilon"), 0, 1),
+    ]
+    if n_groups > 1:
+        limits.append(("expert_group_used_count", n_groups_used, 1, n_groups - 1))
+        limits.append(("expert_count modulo expert_group_count", n_experts % n_groups, 0, 0))
+    for name, value, low, high in limits:
+        if not low <= value <= high:
+            raise ModelBroken(f"{path} is damaged: {architecture}.{name} is {value}, not {low} to {high}; get it again")
+    scaling = values.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling not in _ROPE_SCALINGS:
+        raise ModelBroken(f"{path} is damaged: {architecture}.rope.scaling.type is {scaling!r}; get it again")
+    alignment = values.get("general.alignment", _ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < _ALIGNMENT or alignment % _ALIGNMENT:
+        raise ModelBroken(
+            f"{path} is aligned to {alignment} bytes and needs a multiple of {_ALIGNMENT}; convert it again"
+        )

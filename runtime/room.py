@@ -1,0 +1,84 @@
+"""How much memory there is, and how many cells of cache fit into it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from .errors import OutOfMemory
+
+_RESERVE_BYTES = 512 << 20
+"""Left to the rest of the machine and to llama.cpp's scratch buffers."""
+_BYTES_PER_VALUE = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+_FEWEST_CELLS = 256
+_CGROUPS = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of an open model: its weights (mapped from the file where that is possible) and its cache."""
+
+    weights_bytes: int
+    cache_bytes: int
+    n_context: int
+    cache_type: str
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take, under the limit of a container too."""
+    free = psutil.virtual_memory().available
+    root = Path("/sys/fs/cgroup")
+    for limit, usage, stat in _CGROUPS:
+        try:
+            allowed, used = int((root / limit).read_text()), int((root / usage).read_text())
+            # Pages of files count as used and are given back on demand.
+            cached = dict(line.split() for line in (root / stat).read_text().splitlines()).get("inactive_file", "0")
+        except (OSError, ValueError):  # no such limit, or "max"
+            continue
+        free = min(free, max(0, allowed - used + int(cached)))
+    return free
+
+
+def cell_bytes(header: Mapping[str, Any], cache_type: str) -> float:
+    """Cache bytes of one token, every layer with heads counted as full attention; 0 for a recurrent model."""
+    architecture = header.get("general.architecture")
+
+    def get(name: str, default: Any) -> Any:
+        value = header.get(f"{architecture}.{name}")
+        return default if value is None else value
+
+    n_layers = int(get("block_count", 0))
+    n_heads, n_embd = get("attention.head_count", 0), get("embedding_length", 0)
+    n_kv = get("attention.head_count_kv", n_heads)
+    n_kv_all = sum(n_kv[:n_layers]) if isinstance(n_kv, list) else n_kv * n_layers
+    widest = max(n_heads, default=0) if isinstance(n_heads, list) else n_heads
+    width = n_embd // widest if widest else 0
+    n_values = n_kv_all * (get("attention.key_length", width) + get("attention.value_length", width))
+    return n_values * _BYTES_PER_VALUE[cache_type]
+
+
+def fitting_cells(n_wanted: int, per_cell: float, weights_bytes: int, free_bytes: int) -> int:
+    """Cells for `n_wanted` tokens, or what the free memory holds beside the weights. Raises OutOfMemory."""
+    left = max(0, free_bytes - weights_bytes - _RESERVE_BYTES)
+    n_fitting = int(left / per_cell) if per_cell else n_wanted
+    if n_fitting < _FEWEST_CELLS:
+        raise OutOfMemory(
+            f"{left} bytes are free beside the weights and a cache of {_FEWEST_CELLS} tokens takes "
+            f"{int(_FEWEST_CELLS * per_cell)}; close other programs, take the cache type q8_0 or a smaller file"
+        )
+    return max(_FEWEST_CELLS, min(n_wanted, n_fitting) // _FEWEST_CELLS * _FEWEST_CELLS)
+
+
+def check_room(n_context: int, per_cell: float, free_bytes: int) -> None:
+    """Refuse a cache that the memory cannot hold: the system would grant it and end the process on writing."""
+    wanted = int(n_context * per_cell)
+    if wanted > free_bytes:
+        raise OutOfMemory(
+            f"a cache of {n_context} tokens takes {wanted} bytes and {free_bytes} are free; "
+            f"give a smaller context ({int(free_bytes / per_cell)} tokens at most) or the cache type q8_0"
+        )

@@ -1,0 +1,129 @@
+"""Tiny GGUF models with random weights, the same for the same seed: real files for exactness and failure tests."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+MARKS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+MERGES = ["t h", "th e", "Ġ the", "Ġ a", "i n"]
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_CONTEXT = 64, 2, 1, 96, 512
+
+
+def byte_characters() -> list[str]:
+    """GPT-2's printable stand-ins for the bytes 0..255."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(i) if i in plain else chr(next(others)) for i in range(256)]
+
+
+def write_model(
+    path: Path,
+    architecture: str = "llama",
+    seed: int = 0,
+    n_layers: int = 2,
+    values: dict[str, Any] | None = None,
+    without: tuple[str, ...] = (),
+) -> Path:
+    """Write a model of "llama", "qwen2" or "mamba". `values` replaces or adds metadata (None takes a key out), by
+    full key; `without` names tensors to leave out."""
+    writer = gguf.GGUFWriter(path, architecture)
+    _add_vocabulary(writer)
+    _add_shape(writer, architecture, n_layers)
+    kept = writer.kv_data[0]
+    for key, value in (values or {}).items():
+        kept.pop(key, None)
+        if value is not None:
+            kind = gguf.GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if isinstance(value, int) else kind)
+    random = np.random.default_rng(seed)
+    for name, shape in _tensors(architecture, n_layers, 256 + len(MARKS) + len(MERGES)).items():
+        if name not in without:
+            writer.add_tensor(name, _weights(random, name, shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
+    writer.add_name("tiny")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    tokens = [*byte_characters(), *MARKS, *(merge.replace(" ", "") for merge in MERGES)]
+    kinds = [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.USER_DEFINED] * 2
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * len(MERGES))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(TEMPLATE)
+
+
+def _add_shape(writer: gguf.GGUFWriter, architecture: str, n_layers: int) -> None:
+    writer.add_context_length(N_CONTEXT)
+    writer.add_embedding_length(N_EMBD)
+    writer.add_block_count(n_layers)
+    writer.add_layer_norm_rms_eps(1e-5)
+    if architecture == "mamba":
+        writer.add_feed_forward_length(0)
+        writer.add_head_count(0)
+        writer.add_ssm_conv_kernel(4)
+        writer.add_ssm_inner_size(2 * N_EMBD)
+        writer.add_ssm_state_size(16)
+        writer.add_ssm_time_step_rank(4)
+    else:
+        writer.add_feed_forward_length(N_FF)
+        writer.add_head_count(N_HEAD)
+        writer.add_head_count_kv(N_HEAD_KV)
+        writer.add_rope_dimension_count(N_EMBD // N_HEAD)
+
+
+def _tensors(architecture: str, n_layers: int, n_vocab: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, rows first."""
+    n_kv = N_EMBD // N_HEAD * N_HEAD_KV
+    inner = 2 * N_EMBD
+    if architecture == "mamba":
+        layer = {
+            "ssm_in.weight": (2 * inner, N_EMBD),
+            "ssm_conv1d.weight": (inner, 4),
+            "ssm_conv1d.bias": (inner,),
+            "ssm_x.weight": (4 + 2 * 16, inner),
+            "ssm_dt.weight": (inner, 4),
+            "ssm_dt.bias": (inner,),
+            "ssm_a": (inner, 16),
+            "ssm_d": (inner,),
+            "ssm_out.weight": (N_EMBD, inner),
+        }
+    else:
+        layer = {
+            "attn_q.weight": (N_EMBD, N_EMBD),
+            "attn_k.weight": (n_kv, N_EMBD),
+            "attn_v.weight": (n_kv, N_EMBD),
+            "attn_output.weight": (N_EMBD, N_EMBD),
+            "ffn_norm.weight": (N_EMBD,),
+            "ffn_gate.weight": (N_FF, N_EMBD),
+            "ffn_up.weight": (N_FF, N_EMBD),
+            "ffn_down.weight": (N_EMBD, N_FF),
+        }
+    if architecture == "qwen2":
+        layer |= {"attn_q.bias": (N_EMBD,), "attn_k.bias": (n_kv,), "attn_v.bias": (n_kv,)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (n_vocab, N_EMBD), "output_norm.weight": (N_EMBD,)}
+    for i in range(n_layers):
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in {"attn_norm.weight": (N_EMBD,), **layer}.items()}
+    return shapes
+
+
+def _weights(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name.endswith("norm.weight"):
+        return np.ones(shape, np.float32)
+    if name.endswith("ssm_a"):
+        return -np.exp(random.standard_normal(shape, np.float32) * 0.1)
+    return random.standard_normal(shape, np.float32) * np.float32(1.5 / np.sqrt(shape[-1]))

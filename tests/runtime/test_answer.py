@@ -1,0 +1,91 @@
+"""Answers: what is taken for one, and what is the same."""
+
+import threading
+
+import pytest
+
+from localreason.runtime.answer import extract, group, is_equal
+from localreason.runtime.markup import in_code_or_formula
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so \\boxed{42}.", "42"),
+        ("\\boxed{1} no, \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{7} and \\boxed{unfinished", "7"),
+        ("sum\n#### 1,234", "1,234"),
+        ("Final Answer: 18 clips", "18"),
+        ("**Final Answer**: $x+1$", "x+1"),
+        ("The answer is 3/4.", "3/4"),
+        ("there are 5 apples", None),
+        ("\\boxed{}", None),
+        ("", None),
+    ],
+)
+def test_extract(text, answer):
+    assert extract(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("42", "42.0"),
+        ("1,234", "1234"),
+        ("11,\\! 111,\\! 111", "11111111"),
+        ("\\$36", "36"),
+        ("025", "25"),
+        ("\\frac{1}{2}", "0.5"),
+        ("\\dfrac{3}{4}", "\\frac{3}{4}"),
+        ("90^\\circ", "90"),
+        ("\\text{Evelyn}", "Evelyn"),
+        ("2\\sqrt{3}", "\\sqrt{12}"),
+        ("(1, 2)", "(1,2)"),
+        ("x^2+1", "1 + x^2"),
+    ],
+)
+def test_equal(one, other):
+    assert is_equal(one, other)
+
+
+@pytest.mark.parametrize(("one", "other"), [("42", "43"), ("(1,2)", "(2,1)"), ("x", "y"), ("", "1"), ("-3", "3")])
+def test_different(one, other):
+    assert not is_equal(one, other)
+
+
+def test_text_is_never_run_and_large_powers_are_not_computed():
+    assert not is_equal("__import__('os').system('false')", "1")
+    assert not is_equal("9^{99999999}", "1")
+
+
+def test_works_off_the_main_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(is_equal("\\frac{2}{4}", "\\frac12")))
+    thread.start()
+    thread.join(60)
+    assert found == [True]
+
+
+def test_groups_keep_their_order_and_missing_answers_stand_alone():
+    assert group(["1", None, "2", "1.0", None]) == [[0, 3], [1], [2], [4]]
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        ("plain, text", False),
+        ("```py\nx = 1", True),
+        ("```py\nx = 1\n```\nso", False),
+        ("costs $5 and $6, so", False),
+        ("let $x = 1", True),
+        ("it costs $5.\n\nNext", False),
+        ("\\[ a", True),
+        ("\\( a", True),
+        ("\\( a \\)", False),
+        ("\\boxed{a", True),
+        ("\\boxed{a}", False),
+        ("price \\$5, then", False),
+    ],
+)
+def test_inside_code_or_formula(text, inside):
+    assert in_code_or_formula(text) is inside
