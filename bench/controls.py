@@ -1,6 +1,6 @@
 """Each preset on the same problems with the same seeds: accuracy, tokens, time.
 
-    python bench/controls.py MODEL.gguf PROBLEMS.jsonl [--limit 100] [--parallel 4] [--seconds 600] [--presets safe,fast]
+    python bench/controls.py MODEL.gguf PROBLEMS.jsonl [--limit 100] [--parallel 4] [--presets safe,fast]
 
 Problems are JSONL with `problem` and `answer`. Presets take turns problem by problem, so that a machine that becomes
 slower does so for all. Ends after `--seconds` at a whole round. Every reply is written to `--replies`, the summary to

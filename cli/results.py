@@ -181,17 +181,15 @@ class Results:
         if not is_forced:
             for row in rows:
                 _refuse_difference(row, wanted, model, recipe, self.path)
-        kept = [row for row in rows if row.error is None and wanted.get(row.id, row.problem_hash) == row.problem_hash]
-        kept = list({row.id: row for row in kept}.values())
+        kept = list({row.id: row for row in rows if _is_kept(row, wanted)}.values())
         try:
             if len(kept) < len(rows):
                 self._replace("".join(map(to_line, kept)).encode())
-            elif n_sound < len(data) or data[n_sound - 1 : n_sound] not in (b"", b"\n"):
+            elif n_sound < len(data):
                 os.ftruncate(self._file, n_sound)
-            os.lseek(self._file, 0, os.SEEK_END)
-            if kept and len(kept) == len(rows) and data[n_sound - 1 : n_sound] != b"\n":
-                os.write(self._file, b"\n")
             self._n_bytes = os.lseek(self._file, 0, os.SEEK_END)
+            if len(kept) == len(rows) and data[:n_sound][-1:] not in (b"", b"\n"):
+                self._n_bytes += os.write(self._file, b"\n")
         except OSError as error:
             raise _unwritable(self.path, error) from error
         self.done = {row.id: row for row in kept}
@@ -199,15 +197,20 @@ class Results:
     def _replace(self, data: bytes) -> None:
         """New content in one step: a cut in between leaves the old file."""
         part = self.path.with_name(f"{self.path.name}.part")
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.close(self._file)
         try:
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.close(self._file)
             part.replace(self.path)
         finally:
             self._file = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+
+
+def _is_kept(row: Row, wanted: Mapping[str, str]) -> bool:
+    """False for rows that this run makes anew: they failed, or their problem has another text now."""
+    return row.id not in wanted or (row.error is None and wanted[row.id] == row.problem_hash)
 
 
 def _read(data: bytes, path: Path) -> tuple[list[Row], int]:
@@ -220,7 +223,9 @@ def _read(data: bytes, path: Path) -> tuple[list[Row], int]:
         try:
             value = json.loads(line)
             if value["schema"] != SCHEMA:
-                raise OutputError(f"{path} line {number} has schema {value['schema']}, this version writes {SCHEMA}; give another -o")
+                raise OutputError(
+                    f"{path} line {number} has schema {value['schema']}, this version writes {SCHEMA}; give another -o"
+                )
             rows.append(Row(**{key: value[key] for key in names}))
         except (ValueError, KeyError, TypeError) as error:
             is_half = line.startswith(_START) or _START.startswith(line) or not line.strip(b"\0")

@@ -1,21 +1,34 @@
 """The final answer in a reply, and whether two answers are the same. Nothing here evaluates text as code."""
 
-import contextlib
 import logging
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from functools import lru_cache
+from math import prod
 
 from .markup import find_boxed
 
 _LONGEST = 400
 """Characters of an answer that are compared mathematically; longer ones are compared as text."""
 _LEADS = re.compile(r"(?:final answer(?: is)?|the answer is|answer)\**\s*[:=]?\s*\**\s*", re.IGNORECASE)
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?")
+_NUMBER = re.compile(r"-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:\s*/\s*\d+)?")
+_CHOICE = re.compile(r"\(?([A-J])\)?(?=[.,:*\s]*$)", re.MULTILINE)
+_FORMULA = re.compile(r"\$([^$\n]+)\$(?!\d)")
+_PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
+_UNIT = re.compile(r"^([-+]?\d+(?:\.\d+)?)\s+[a-zA-Z][a-z]{2,}(?:\s+[a-z]{2,})*(?:\^\{?\d\}?)?$")
+"""A number and words behind it; one or two letters may be variables."""
+_UNIT_TEXT = re.compile(r"(?<=\d)\s*\\(?:text|mathrm|mbox)\s*\{\s*[a-zA-Z ./]+\}(?:\^\{?\d\}?)?$")
+_COSTLY = re.compile(
+    r"\d{4,}\s*\}?\s*!|!\s*!|\\(?:sum|prod|int|iint|oint|lim|d?t?binom|choose)(?![a-zA-Z])"
+    r"|\^\s*(?:\\|\w\s*\^|[{(][^{}()]*(?:\^|\d{4}|\*|\\cdot|\\times))"
+)
+"""Factorials, sums and towers of powers: short texts whose value could take for ever."""
+_MOST_POWER = 1000
 
 
 def extract(text: str) -> str | None:
-    """The answer of a reply: its last `\\boxed{...}`, else what follows `####` or the last lead such as `Final Answer:`.
+    """The answer of a reply: its last `\\boxed{...}`, else what follows `####` or a lead such as `Final Answer:`.
 
     None where there is neither; a bare last number is not taken for an answer.
     """
@@ -26,9 +39,15 @@ def extract(text: str) -> str | None:
         return _line(text.rpartition("####")[2])
     leads = list(_LEADS.finditer(text))
     for lead in reversed(leads):
+        formula = _FORMULA.match(text, lead.end())
+        if formula:
+            return formula.group(1).strip()
         number = _NUMBER.match(text, lead.end())
         if number:
             return number.group().strip()
+        choice = _CHOICE.match(text, lead.end())
+        if choice:
+            return choice.group(1)
         line = _line(text[lead.end() :])
         if line and len(line) <= 40 and lead.group().lower().startswith("final"):
             return line
@@ -42,11 +61,17 @@ def _line(text: str) -> str | None:
 
 def normalise(answer: str) -> str:
     """An answer without what does not change it: separators, money, units of angle, text wrappers, leading zeros."""
-    text = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r"\1", answer.strip().strip("$").strip())
-    text = re.sub(r"\\(?:left|right|!|,|;|\s)|\\\$|\^\\circ|\^\{\\circ\}|\\%|%|\$", "", text)
+    text = _UNIT_TEXT.sub("", answer.strip().strip("$").strip())
+    text = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\\\|\\(?:left|right|!|,|;|\s)|\\\$|\^\\circ|\^\{\\circ\}|\\%|%|\$", _drop, text)
     text = re.sub(r"(?<=\d),(?=\s?\d{3}(?!\d))\s?", "", text.replace("dfrac", "frac").replace("tfrac", "frac"))
-    text = re.sub(r"\s+", " ", text).strip().rstrip(".")
+    text = _UNIT.sub(r"\1", re.sub(r"\s+", " ", text).strip().rstrip("."))
     return re.sub(r"^(-?)0+(?=\d)", r"\1", text)
+
+
+def _drop(found: re.Match[str]) -> str:
+    """Nothing, but a line end of a matrix stays: its backslashes are not the start of a space."""
+    return found.group() if found.group() == "\\\\" else ""
 
 
 def is_equal(one: str, other: str) -> bool:
@@ -58,10 +83,10 @@ def is_equal(one: str, other: str) -> bool:
 def _is_equal(one: str, other: str) -> bool:
     if one.casefold().replace(" ", "") == other.casefold().replace(" ", ""):
         return True
-    with contextlib.suppress(ValueError, OverflowError):
-        return float(one) == float(other)
-    if max(len(one), len(other)) > _LONGEST or re.search(r"\^\s*\{?\s*-?\d{4,}|!\s*!", one + other):
-        return False  # large powers and factorials would be computed
+    if _PLAIN.fullmatch(one) and _PLAIN.fullmatch(other):
+        return Decimal(one) == Decimal(other)  # a float would take two long integers for one
+    if not one or not other or any(_is_costly(text) for text in (one, other)):
+        return False
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -73,6 +98,13 @@ def _is_equal(one: str, other: str) -> bool:
     if not all(parsed):
         return False
     return bool(verify(parsed[0], parsed[1], timeout_seconds=None, raise_on_error=False))
+
+
+def _is_costly(text: str) -> bool:
+    """True where a comparison by value could take long; then only the text counts."""
+    text = text.replace("**", "^")
+    powers = [int(digits) for digits in re.findall(r"\^[\s{(]*[-+]?(\d{1,9})", text)]
+    return len(text) > _LONGEST or bool(_COSTLY.search(text)) or prod(max(power, 1) for power in powers) > _MOST_POWER
 
 
 def group(answers: Sequence[str | None]) -> list[list[int]]:

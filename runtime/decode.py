@@ -11,59 +11,26 @@ join the context at once and are evaluated together.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 
-from .controls.control import Action, Control, Force, Note, Probe, Reading, Rewrite, Stop
-from .engine import Batch, Engine, Row, Span
+from .controls.control import Action, Control, Force, Note, Probe, Reading, Rewrite
+from .engine import Engine, Row
 from .errors import ContextFull, PromptTooLong
 from .events import Event, Finished, Noted, Prefilled, Token
 from .phase import PhaseTracker
 from .sampler import entropy
+from .schedule import Request, Resident, Schedule
 from .sequence import Origin, Phase, Sequence
-from .tokenizer import StreamDecoder, Tokenizer
+from .tokenizer import Tokenizer
 
-_SHORTEST_SHARED = 8
-"""Prefixes shorter than this are evaluated again rather than forked."""
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """A sequence with all that acts on it. `sample` takes the row of logits to a token id."""
-
-    sequence: Sequence
-    tracker: PhaseTracker
-    sample: Callable[[Row], int]
-    controls: list[Control] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One sequence in the engine: a request's own, or a probe beside it."""
-
-    sequence: Sequence
-    request: Request
-    probe: Probe | None = None
-    reader: Control | None = None
-    texts: list[str] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
-    decoder: StreamDecoder = field(default_factory=StreamDecoder)
-    leader: "_Row | None" = None
-    """A row whose evaluated prompt this one will share as soon as it reaches `n_shared`."""
-    n_shared: int = 0
-    adjusters: list[Control] = field(default_factory=list)
-    observers: list[Control] = field(default_factory=list)
-
-    @property
-    def n_pending(self) -> int:
-        return len(self.sequence.tokens) - self.sequence.n_evaluated
+__all__ = ["Request", "decode"]
 
 
 def decode(
     engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request], n_parallel: int | None = None
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Decode all requests, at most `n_parallel` at a time, and yield what happens as it happens.
 
     Requests are taken from the iterable as there is room, so it may be endless. Closing the generator ends everything
@@ -74,11 +41,11 @@ def decode(
     try:
         while True:
             yield from loop.admit()
-            if not loop.rows:
+            if not loop.schedule.rows:
                 return
             yield from loop.step()
     finally:
-        loop.release()
+        loop.schedule.release()
 
 
 class _Loop:
@@ -87,30 +54,26 @@ class _Loop:
         self.tokenizer = tokenizer
         self.requests: Iterator[Request] = requests
         self.n_parallel = n_parallel
-        self.rows: list[_Row] = []
-        self._evicted: deque[_Row] = deque()
-        self._is_tight = False
-        self._free = list(reversed(range(engine.n_sequences)))
-        self._donor: tuple[int, list[int]] | None = None
-        """Slot and tokens of the latest ended prompt: the next one often begins alike."""
-        self._ended: list[tuple[_Row, str]] = []
+        self.schedule = Schedule(engine)
+        self._evicted: deque[Resident] = deque()
+        self._ended: list[tuple[Resident, str]] = []
 
     # --- in and out of the engine -------------------------------------------------------------------------------
 
     def admit(self) -> Iterator[Event]:
         """Take evicted rows back and new requests in while there is room."""
-        while sum(row.probe is None for row in self.rows) < self.n_parallel and (self._free or self._donor):
+        while sum(row.probe is None for row in self.schedule.rows) < self.n_parallel and self.schedule.has_room:
             if self._evicted:
-                if self._is_tight and self.rows:
+                if self.schedule.is_tight and self.schedule.rows:
                     return
                 row = self._evicted.popleft()
                 yield from self._start(row, is_new=False)
             elif (request := next(self.requests, None)) is not None:
-                yield from self._start(_new_row(request), is_new=True)
+                yield from self._start(_enter(request), is_new=True)
             else:
                 return
 
-    def _start(self, row: _Row, is_new: bool) -> Iterator[Event]:
+    def _start(self, row: Resident, is_new: bool) -> Iterator[Event]:
         sequence = row.sequence
         if is_new:
             limit = self.engine.n_context_sequence
@@ -122,96 +85,29 @@ class _Loop:
             if sequence.cancelled:
                 yield from self._finish(row, sequence.cancelled)
                 return
-            self._follow(row)
+            _follow_phase(sequence, row.request.tracker, [], Origin.FORCED)  # where the prompt leads
             for control in row.request.controls:
                 yield from self._act(row, control, control.begin(sequence))
             yield from self._drain(row)
-        slot = self._take_slot()
+        slot = self.schedule.take_slot()
         assert slot is not None, "admit looks for a slot first"
         sequence.slot = slot
-        self._share(row)
-        self.rows.append(row)
+        self.schedule.share(row)
+        self.schedule.rows.append(row)
         yield from self._settle()
-
-    def _take_slot(self) -> int | None:
-        if not self._free and self._donor:
-            self._drop_donor()
-        return self._free.pop() if self._free else None
-
-    def _drop_donor(self) -> None:
-        if self._donor:
-            self.engine.rewind(self._donor[0], 0)
-            self._free.append(self._donor[0])
-            self._donor = None
-
-    def _share(self, row: _Row) -> None:
-        """Fork the longest prefix that the donor or a running row has in common with this one, or wait for it."""
-        sequence = row.sequence
-        most = len(sequence.tokens) - 1
-        if self._donor:
-            slot, tokens = self._donor
-            n_shared = min(_common(tokens, sequence.tokens), most)
-            if n_shared >= _SHORTEST_SHARED and self.engine.can_rewind:
-                self.engine.fork(slot, sequence.slot, n_shared)
-                sequence.n_evaluated = n_shared
-        for other in self.rows:
-            if other.probe is None:
-                n_shared = min(_common(other.sequence.tokens, sequence.tokens), other.sequence.n_prompt - 1, most)
-                is_reachable = self.engine.can_rewind or other.sequence.n_evaluated <= n_shared
-                if n_shared >= _SHORTEST_SHARED + max(sequence.n_evaluated, row.n_shared) and is_reachable:
-                    row.leader, row.n_shared = other, n_shared
-
-    def _join_leader(self, row: _Row) -> bool:
-        """True once the row has nothing to wait for."""
-        leader = row.leader
-        if leader is None:
-            return True
-        if leader in self.rows and leader.sequence.n_evaluated < row.n_shared:
-            return False
-        row.leader = None
-        if leader in self.rows and (self.engine.can_rewind or leader.sequence.n_evaluated == row.n_shared):
-            self.engine.rewind(row.sequence.slot, 0)
-            self.engine.fork(leader.sequence.slot, row.sequence.slot, row.n_shared)
-            row.sequence.n_evaluated = row.n_shared
-        return True
-
-    def _leave(self, row: _Row) -> None:
-        """Free the row's cache, or keep its prompt for the next request."""
-        sequence, slot = row.sequence, row.sequence.slot
-        if row in self.rows:
-            self.rows.remove(row)
-        if slot < 0:
-            return
-        sequence.slot = -1
-        is_donor = row.probe is None and self.engine.can_rewind and sequence.n_evaluated >= sequence.n_prompt
-        if is_donor and not self._is_tight:
-            self._drop_donor()
-            self.engine.rewind(slot, sequence.n_prompt)
-            self._donor = (slot, sequence.tokens[: sequence.n_prompt])
-        else:
-            self.engine.rewind(slot, 0)
-            self._free.append(slot)
-        sequence.n_evaluated = 0
-
-    def release(self) -> None:
-        """Free everything."""
-        self._is_tight = True
-        for row in list(self.rows):
-            self._leave(row)
-        self._drop_donor()
 
     # --- one step -----------------------------------------------------------------------------------------------
 
     def step(self) -> Iterator[Event]:
         """Evaluate one batch and take the tokens that it gives."""
-        spans, rows = self._batch()
+        spans, rows = self.schedule.batch()
         try:
             logits = self.engine.decode(spans)
         except ContextFull:
             yield from self._make_room()
             return
         i_logits = 0
-        chosen: list[tuple[_Row, int]] = []
+        chosen: list[tuple[Resident, int]] = []
         for span, row in zip(spans, rows, strict=True):
             sequence = row.sequence
             sequence.n_evaluated += len(span.tokens)
@@ -229,27 +125,7 @@ class _Loop:
                 yield from self._drain(row)
         yield from self._settle()
 
-    def _batch(self) -> tuple[Batch, list[_Row]]:
-        """What fits of what is pending: decoding rows first, then prompts, in order of admission."""
-        room = self.engine.n_batch
-        spans: Batch = []
-        rows: list[_Row] = []
-        for row in sorted(self.rows, key=lambda row: row.n_pending > 1) if len(self.rows) > 1 else self.rows:
-            if room == 0 or not self._join_leader(row):
-                continue
-            sequence = row.sequence
-            start = sequence.n_evaluated
-            end = min(len(sequence.tokens), start + room)
-            for other in self.rows:  # stop where a follower wants to fork
-                if other.leader is row and start < other.n_shared < end:
-                    end = other.n_shared
-            is_complete = end == len(sequence.tokens)
-            spans.append(Span(sequence.slot, start, sequence.tokens[start:end], int(is_complete)))
-            rows.append(row)
-            room -= end - start
-        return spans, rows
-
-    def _sample(self, row: _Row, logits: Row) -> int:
+    def _sample(self, row: Resident, logits: Row) -> int:
         if row.probe is not None:
             row.entropies.append(entropy(logits))
             return int(logits.argmax())
@@ -261,7 +137,7 @@ class _Loop:
                 logits[bias.ids] = kept
         return row.request.sample(logits)
 
-    def _accept(self, row: _Row, token: int, origin: Origin) -> Iterator[Event]:
+    def _accept(self, row: Resident, token: int, origin: Origin) -> Iterator[Event]:
         """Let a token join the sequence, and the controls see it."""
         sequence, tracker = row.sequence, row.request.tracker
         index = len(sequence.tokens)
@@ -286,7 +162,7 @@ class _Loop:
         if is_over:
             self._ended.append((row, "end"))
 
-    def _drain(self, row: _Row) -> Iterator[Event]:
+    def _drain(self, row: Resident) -> Iterator[Event]:
         """Let all forced tokens join, then see whether there is room for more."""
         sequence = row.sequence
         room = self.engine.n_context_sequence
@@ -304,7 +180,7 @@ class _Loop:
 
     # --- what controls ask for ----------------------------------------------------------------------------------
 
-    def _act(self, row: _Row, control: Control, actions: Iterable[Action]) -> Iterator[Event]:
+    def _act(self, row: Resident, control: Control, actions: Iterable[Action]) -> Iterator[Event]:
         sequence = row.sequence
         for action in actions:
             if isinstance(action, Note):
@@ -327,7 +203,7 @@ class _Loop:
             if sequence.slot >= 0:
                 self.engine.rewind(sequence.slot, sequence.n_evaluated)
 
-    def _rewrite(self, row: _Row, action: Rewrite) -> Iterator[Event]:
+    def _rewrite(self, row: Resident, action: Rewrite) -> Iterator[Event]:
         sequence, start = row.sequence, action.position
         self._forget(sequence, start)
         removed = sequence.origins[start - sequence.n_prompt :]
@@ -346,10 +222,10 @@ class _Loop:
                 sequence.counts.hint += 1
                 yield Token(sequence, token, "", sequence.phase, origin)
 
-    def _fork_probe(self, row: _Row, control: Control, action: Probe) -> Iterator[Event]:
+    def _fork_probe(self, row: Resident, control: Control, action: Probe) -> Iterator[Event]:
         """Start a side sequence that joins the next batch; without a free slot its control reads nothing."""
         parent = row.sequence
-        slot = self._take_slot()
+        slot = self.schedule.take_slot()
         if slot is None:
             yield from self._act(row, control, control.read(parent, Reading((), (), False)))
             return
@@ -357,10 +233,11 @@ class _Loop:
         side.slot, side.n_evaluated = slot, parent.n_evaluated
         self.engine.fork(parent.slot, slot, parent.n_evaluated)
         parent.counts.probe += len(action.tokens)
-        self.rows.append(_Row(side, row.request, action, control))
+        self.schedule.rows.append(Resident(side, row.request, action, control))
 
-    def _accept_probe(self, row: _Row, token: int) -> Iterator[Event]:
-        assert row.probe is not None and row.reader is not None
+    def _accept_probe(self, row: Resident, token: int) -> Iterator[Event]:
+        assert row.probe is not None
+        assert row.reader is not None
         parent = row.request.sequence
         row.sequence.tokens.append(token)
         parent.counts.probe += 1
@@ -371,9 +248,9 @@ class _Loop:
         is_done = row.probe.is_done(text)
         is_full = len(row.sequence.tokens) >= self.engine.n_context_sequence
         if is_done or is_end or is_full or "\n" in text or len(row.texts) >= row.probe.n_max:
-            self._leave(row)
+            self.schedule.leave(row)
             reading = Reading(tuple(row.texts), tuple(row.entropies), is_done)
-            owner = next((other for other in self.rows if other.sequence is parent), None)
+            owner = next((other for other in self.schedule.rows if other.sequence is parent), None)
             if owner is not None:
                 yield from self._act(owner, row.reader, row.reader.read(parent, reading))
 
@@ -385,10 +262,12 @@ class _Loop:
         while self._ended:
             row, reason = self._ended.pop(0)
             yield from self._finish(row, row.sequence.cancelled or reason)
-        for row in [row for row in (*self.rows, *self._evicted) if row.probe is None and row.sequence.cancelled]:
+        for row in [
+            row for row in (*self.schedule.rows, *self._evicted) if row.probe is None and row.sequence.cancelled
+        ]:
             yield from self._finish(row, row.sequence.cancelled or "cancelled")
 
-    def _finish(self, row: _Row, reason: str) -> Iterator[Event]:
+    def _finish(self, row: Resident, reason: str) -> Iterator[Event]:
         sequence = row.sequence
         if sequence.finish is not None:
             return
@@ -397,12 +276,12 @@ class _Loop:
         for text, phase in parts:
             yield Token(sequence, sequence.tokens[-1], text, phase, Origin.SAMPLED, is_continued=True)
         sequence.finish = reason
-        for side in [other for other in self.rows if other.probe is not None and other.request is row.request]:
-            self._leave(side)
+        for side in [other for other in self.schedule.rows if other.probe is not None and other.request is row.request]:
+            self.schedule.leave(side)
         if row in self._evicted:
             self._evicted.remove(row)
-        self._leave(row)
-        self._is_tight = False
+        self.schedule.leave(row)
+        self.schedule.is_tight = False
         for control in row.request.controls:
             yield from self._act(row, control, control.end(sequence))
         yield Finished(sequence, reason, {control.name: dict(control.counters) for control in row.request.controls})
@@ -410,41 +289,22 @@ class _Loop:
     def _make_room(self) -> Iterator[Event]:
         """The cache is full: give up the kept prompt, then probes, then the youngest sequence, which waits with its
         tokens and is evaluated again later; the last one left has reached the end of the context."""
-        probes = [row for row in self.rows if row.probe is not None]
-        if self._donor:
-            self._drop_donor()
+        probes = [row for row in self.schedule.rows if row.probe is not None]
+        if self.schedule.has_donor:
+            self.schedule.drop_donor()
         elif probes:
             row = probes[-1]
-            self._leave(row)
+            self.schedule.leave(row)
             assert row.reader is not None
             yield from self._act(row, row.reader, row.reader.read(row.request.sequence, Reading((), (), False)))
-        elif len(self.rows) > 1:
-            self._is_tight = True
-            row = self.rows[-1]
-            self._leave(row)
+        elif len(self.schedule.rows) > 1:
+            self.schedule.is_tight = True
+            row = self.schedule.rows[-1]
+            self.schedule.leave(row)
             row.leader, row.n_shared = None, 0
             self._evicted.appendleft(row)
         else:
-            yield from self._finish(self.rows[0], "context")
-
-    def _follow(self, row: _Row) -> None:
-        """The phase that the prompt itself leads into."""
-        _follow_phase(row.sequence, row.request.tracker, [], Origin.FORCED)
-
-
-def _new_row(request: Request) -> _Row:
-    def overrides(method: str) -> list[Control]:
-        return [c for c in request.controls if getattr(type(c), method) is not getattr(Control, method)]
-
-    return _Row(request.sequence, request, adjusters=overrides("adjust"), observers=overrides("observe"))
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """Length of the longest common prefix."""
-    n = min(len(one), len(other))
-    if one[:n] == other[:n]:
-        return n
-    return next(i for i in range(n) if one[i] != other[i])
+            yield from self._finish(self.schedule.rows[0], "context")
 
 
 def _count(sequence: Sequence, origin: Origin) -> None:
@@ -477,3 +337,12 @@ def _follow_phase(sequence: Sequence, tracker: PhaseTracker, parts: list[tuple[s
     sequence.phase = tracker.phase
     sequence.closed_at, sequence.closed_kept = tracker.closed_at, tracker.closed_kept
     sequence.is_whole_text = tracker.is_whole_text
+
+
+def _enter(request: Request) -> Resident:
+    """A resident that calls only the methods which its controls have."""
+
+    def overrides(method: str) -> list[Control]:
+        return [c for c in request.controls if getattr(type(c), method) is not getattr(Control, method)]
+
+    return Resident(request.sequence, request, adjusters=overrides("adjust"), observers=overrides("observe"))

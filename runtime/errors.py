@@ -1,21 +1,21 @@
 """The errors of localreason; a message names the value, the limit and the remedy.
 
-    LocalReasonError
-    ├── ModelError              a model file cannot be used
-    │   ├── ModelNotFound       no such file, name or reference
-    │   ├── ModelBroken         not a GGUF, truncated, or inconsistent
-    │   └── ModelUnsupported    a sound file that this engine cannot run
-    ├── EngineError             the engine could not do what was asked
-    │   ├── OutOfMemory         weights or cache do not fit
-    │   ├── ContextFull         no room in the key-value cache; nothing was changed
-    │   ├── StateError          a saved sequence state cannot be restored
-    │   └── DecodeFailed        the native library reported a failure
-    ├── PromptError             a prompt cannot be evaluated as asked
-    │   ├── PromptTooLong
-    │   └── TemplateError       the chat template is missing, raises or runs away
-    ├── ControlError            unknown control or parameter, bad value, contradiction
-    ├── InputError              problems or configuration cannot be read
-    └── OutputError             results cannot be written
+LocalReasonError
+├── ModelError              a model file cannot be used
+│   ├── ModelNotFound       no such file, name or reference
+│   ├── ModelBroken         not a GGUF, truncated, or inconsistent
+│   └── ModelUnsupported    a sound file that this engine cannot run
+├── EngineError             the engine could not do what was asked
+│   ├── OutOfMemory         weights or cache do not fit
+│   ├── ContextFull         no room in the key-value cache; nothing was changed
+│   ├── StateError          a saved sequence state cannot be restored
+│   └── DecodeFailed        the native library reported a failure
+├── PromptError             a prompt cannot be evaluated as asked
+│   ├── PromptTooLong
+│   └── TemplateError       the chat template is missing, raises or runs away
+├── ControlError            unknown control or parameter, bad value, contradiction
+├── InputError              problems or configuration cannot be read
+└── OutputError             results cannot be written
 """
 
 

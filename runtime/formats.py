@@ -52,7 +52,11 @@ FORMATS: Mapping[str, ThinkingFormat] = MappingProxyType(
             ),
             ThinkingFormat("bracket", "[THINK]", "[/THINK]", ("[THINK]",), ("[/THINK]",)),
             ThinkingFormat(
-                "gemma4", "<|channel>thought\n", "<channel|>", ("<|channel>thought\n", "<|channel>thought"), ("<channel|>",)
+                "gemma4",
+                "<|channel>thought\n",
+                "<channel|>",
+                ("<|channel>thought\n", "<|channel>thought"),
+                ("<channel|>",),
             ),
             ThinkingFormat(
                 "s1",

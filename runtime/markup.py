@@ -23,12 +23,10 @@ def in_code_or_formula(text: str) -> bool:
     plain = re.sub(r"\\.", "", paragraph.replace("$$", ""))
     if plain.count("$") % 2 or plain.count("`") % 2:
         return True
-    boxed = None
-    for boxed in _BOXED.finditer(paragraph):
-        pass
-    if boxed is None:
+    starts = [match.end() for match in _BOXED.finditer(paragraph)]
+    if not starts:
         return False
-    rest = paragraph[boxed.end() :]
+    rest = paragraph[starts[-1] :]
     return rest.count("{") + 1 > rest.count("}")
 
 

@@ -138,9 +138,9 @@ class _Task:
 class Model:
     """A model file opened for questions; a context manager. Made by `Model.open`.
 
-        with Model.open("model.gguf") as model:
-            for event in model.ask("What is 7 * 6?"):
-                ...
+    with Model.open("model.gguf") as model:
+        for event in model.ask("What is 7 * 6?"):
+            ...
     """
 
     def __init__(self, path: Path, engine: LlamaEngine, tokenizer: LlamaTokenizer) -> None:
@@ -168,7 +168,9 @@ class Model:
     def __enter__(self) -> "Model":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def ask(self, text: str, recipe: Recipe | None = None) -> Iterator[Event | Answered]:
@@ -229,11 +231,13 @@ class Model:
         engine: Engine = self.engine
         format = self._prompter.format(recipe.format, recipe.is_thinking)
         instructions = [CONTROLS[p.control].instruct(p) for p in recipe.controls]
-        prompt = self._prompter.prompt(question.text, format, recipe.is_thinking, [text for text in instructions if text])
+        prompt = self._prompter.prompt(
+            question.text, format, recipe.is_thinking, [text for text in instructions if text]
+        )
         if len(prompt.tokens) >= engine.n_context_sequence:
             raise PromptTooLong(
-                f"the prompt has {len(prompt.tokens)} tokens and the context holds {engine.n_context_sequence} with the "
-                f"reply; shorten the prompt or give a larger context"
+                f"the prompt has {len(prompt.tokens)} tokens and the context holds {engine.n_context_sequence} with "
+                f"the reply; shorten the prompt or give a larger context"
             )
         setups = [
             Setup(self.tokenizer, format, recipe.seed + sample, engine.can_rewind, recipe.max_thinking, self._memo)

@@ -56,7 +56,8 @@ def cause() -> str:
     """What llama.cpp logged first about the latest failure, without the name of its function."""
     for line in _messages:
         if not line.startswith("warning"):
-            return line.split(": ", 1)[-1] if line.split(": ", 1)[0].isidentifier() else line
+            function, _, rest = line.partition(": ")
+            return (rest if function.isidentifier() else line).removeprefix("error loading model: ")
     return "llama.cpp gave no reason"
 
 

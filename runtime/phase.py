@@ -70,8 +70,6 @@ class PhaseTracker:
                 return parts
             start, tag = found
             self._emit(start, parts)
-            if tag not in self._tags():
-                continue  # a closing tag behind what turned out to be an answer is text
             if self._may_grow(tag) and not is_final:
                 return parts
             self._turn(tag)

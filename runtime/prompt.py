@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from .errors import TemplateError
@@ -41,7 +42,9 @@ class Prompt:
 
 class _Vocabulary(Tokenizer, Protocol):
     prefix: list[int]
-    control_texts: Collection[str]
+
+    @property
+    def control_texts(self) -> Collection[str]: ...
 
 
 class _Source(Protocol):
@@ -74,10 +77,15 @@ class Prompter:
     def continue_chat(self, turns: list[Message], format: ThinkingFormat, is_thinking: bool = True) -> Prompt:
         """The prompt for the next reply to a conversation; thinking in earlier replies is left out."""
         turns = [
-            Message(turn.role, strip_thinking(turn.content, format)) if turn.role == "assistant" else turn for turn in turns
+            Message(turn.role, strip_thinking(turn.content, format)) if turn.role == "assistant" else turn
+            for turn in turns
         ]
         if format.is_prompted:
-            examples = [Message(role, text) for pair in _EXAMPLES for role, text in zip(("user", "assistant"), pair, strict=True)]
+            examples = [
+                Message(role, text)
+                for pair in _EXAMPLES
+                for role, text in zip(("user", "assistant"), pair, strict=True)
+            ]
             turns = [Message("system", _SYSTEM), *examples, *turns]
         elif turns[-1].role == "user":
             turns = [*turns[:-1], Message("user", f"{turns[-1].content}\n\n{_BOXED}")]
@@ -117,7 +125,7 @@ def encode(parts: list[Part], tokenizer: _Vocabulary, format: ThinkingFormat) ->
                 ids += tokenizer.encode(part.text, special=True)
                 continue
             cuts = [0, *(match.start() + 1 for match in found.finditer(part.text)), len(part.text)]
-            for start, end in zip(cuts, cuts[1:], strict=False):
+            for start, end in pairwise(cuts):
                 ids += tokenizer.encode(part.text[start:end])
     prefix = tokenizer.prefix
     return ids if not prefix or ids[: len(prefix)] == prefix else [*prefix, *ids]

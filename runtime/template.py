@@ -36,18 +36,76 @@ _MOST_CHARACTERS = 1_000_000
 _MOST_BITS = 20_000
 _METHODS = frozenset(
     (
-        "capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdecimal", "isdigit", "islower",
-        "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix",
-        "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines",
-        "startswith", "strip", "swapcase", "title", "upper",
+        "capitalize",
+        "count",
+        "endswith",
+        "find",
+        "index",
+        "isalnum",
+        "isalpha",
+        "isdecimal",
+        "isdigit",
+        "islower",
+        "isnumeric",
+        "isspace",
+        "istitle",
+        "isupper",
+        "join",
+        "lower",
+        "lstrip",
+        "partition",
+        "removeprefix",
+        "removesuffix",
+        "replace",
+        "rfind",
+        "rindex",
+        "rpartition",
+        "rsplit",
+        "rstrip",
+        "split",
+        "splitlines",
+        "startswith",
+        "strip",
+        "swapcase",
+        "title",
+        "upper",
     )
 )
 """Methods of strings that a template may call; `format`, `ljust` and the like make text of any length."""
 _FILTERS = frozenset(
     (
-        "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "first", "float", "groupby", "int", "items",
-        "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe", "select",
-        "selectattr", "sort", "sum", "title", "trim", "truncate", "unique", "upper",
+        "abs",
+        "attr",
+        "capitalize",
+        "count",
+        "d",
+        "default",
+        "dictsort",
+        "first",
+        "float",
+        "groupby",
+        "int",
+        "items",
+        "last",
+        "length",
+        "list",
+        "lower",
+        "map",
+        "max",
+        "min",
+        "reject",
+        "rejectattr",
+        "reverse",
+        "safe",
+        "select",
+        "selectattr",
+        "sort",
+        "sum",
+        "title",
+        "trim",
+        "truncate",
+        "unique",
+        "upper",
     )
 )
 """Jinja's own filters that need no bound; the others are replaced or refused."""
@@ -149,9 +207,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     concat = staticmethod(_concat)  # pyright: ignore[reportAssignmentType]
 
     def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_bound
-        )
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_bound)
         self.filters = {
             name: filter if name in _FILTERS else _refused_filter(name) for name, filter in self.filters.items()
         }
@@ -215,9 +271,7 @@ def render(
     if not template:
         raise TemplateError("the model file has no chat template; name one, such as --template chatml")
     nonce = secrets.token_hex(4)
-    stand_ins = [
-        {"role": message.role, "content": f"\ue000{nonce}:{i}\ue001"} for i, message in enumerate(messages)
-    ]
+    stand_ins = [{"role": message.role, "content": f"\ue000{nonce}:{i}\ue001"} for i, message in enumerate(messages)]
     values = {
         "messages": stand_ins,
         "add_generation_prompt": True,
@@ -230,12 +284,11 @@ def render(
     }
     pieces = re.split(f"\ue000{nonce}:(\\d+)\ue001", _run(template, values))
     # Some templates move a message, such as the system's to the last user's turn: any order will do.
-    kept = {int(i) for i in pieces[1::2]}
+    written = [int(i) for i in pieces[1::2]]
     for i, message in enumerate(messages):
-        if i not in kept:
-            raise TemplateError(
-                f"the chat template drops message {i + 1} of {len(messages)} ({message.role}); give another template"
-            )
+        if written.count(i) != 1:
+            done = "writes twice" if i in written else "drops"
+            _refuse(f"{done} message {i + 1} of {len(messages)} ({message.role})")
     if any(nonce in text or "\ue000" in text for text in pieces[::2]):
         _refuse("cuts a message into pieces")
     parts = [Part(messages[int(text)].content, False) if i % 2 else Part(text, True) for i, text in enumerate(pieces)]

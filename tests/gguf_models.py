@@ -40,7 +40,9 @@ def write_model(
         kept.pop(key, None)
         if value is not None:
             kind = gguf.GGUFValueType.get_type(value)
-            writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if isinstance(value, int) else kind)
+            if kind is gguf.GGUFValueType.INT32:
+                kind = gguf.GGUFValueType.UINT32
+            writer.add_key_value(key, value, kind)
     random = np.random.default_rng(seed)
     for name, shape in _tensors(architecture, n_layers, 256 + len(MARKS) + len(MERGES)).items():
         if name not in without:

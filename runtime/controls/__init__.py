@@ -106,7 +106,16 @@ def _update(name: str, values: dict[str, str], base: Parameters | None = None) -
 def _value(name: str, key: str, text: str, like: object) -> object:
     """The text as a value of the type of `like`."""
     if isinstance(like, bool):
-        words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
         if text.lower() not in words:
             raise ControlError(f"{name}: {key} is {text!r}; give yes or no")
         return words[text.lower()]

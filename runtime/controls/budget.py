@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..engine import Row
 from ..errors import ControlError
@@ -53,7 +54,6 @@ class BudgetForcing(Control):
         self._total = parameters.total or parameters.max
         self._is_cutting = False
         self._is_ban_due = False
-        self._stops: np.ndarray | None = None
         self._seen: set[int] = set()
         self._n_blocks = 0
 
@@ -91,7 +91,9 @@ class BudgetForcing(Control):
         else:
             slack = min(self.parameters.slack, self.parameters.max // 8)
             is_line_end = remaining <= slack and sequence.thinking.endswith("\n") and sequence.n_block_thinking > 0
-            is_due, reason = (True, "line end near the limit") if is_line_end else (self._repeats(sequence), "repetition")
+            is_due, reason = (
+                (True, "line end near the limit") if is_line_end else (self._repeats(sequence), "repetition")
+            )
         return self._cut(sequence, reason) if is_due else ()
 
     def _cut(self, sequence: Sequence, reason: str) -> Iterable[Action]:
@@ -139,16 +141,14 @@ class BudgetForcing(Control):
             Note(f"end of thinking ignored ({self.counters['ignored']}) after {sequence.counts.thinking} tokens"),
         )
 
-    def _stop_ids(self) -> np.ndarray:
+    def _stop_ids(self) -> NDArray[np.intp]:
         """First ids of the closing tags, and all ends of generation."""
-        if self._stops is None:
-            tokenizer, key = self.setup.tokenizer, ("budget", self.setup.format.name)
-            if key not in self.setup.memo:
-                ends = [token for token in range(tokenizer.n_vocab) if tokenizer.is_end(token)]
-                tags = [tokenizer.encode(tag, special=True)[0] for tag in self.setup.format.closes]
-                self.setup.memo[key] = np.unique(np.array(ends + tags, dtype=np.intp))
-            self._stops = self.setup.memo[key]
-        return self._stops
+        tokenizer, key = self.setup.tokenizer, ("budget", self.setup.format.name)
+        if key not in self.setup.memo:
+            ends = [token for token in range(tokenizer.n_vocab) if tokenizer.is_end(token)]
+            tags = [tokenizer.encode(tag, special=True)[0] for tag in self.setup.format.closes]
+            self.setup.memo[key] = np.unique(np.array(ends + tags, dtype=np.intp))
+        return self.setup.memo[key]
 
     def _repeats(self, sequence: Sequence) -> bool:
         n = self.parameters.repeat

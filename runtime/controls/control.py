@@ -95,7 +95,9 @@ class Parameters:
                 raise ControlError(f"{self.control}: {item.name} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def parameter(default: Any, help: str, min: float | None = None, max: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+def parameter(
+    default: Any, help: str, min: float | None = None, max: float | None = None, choices: tuple[str, ...] = ()
+) -> Any:
     """A field of a control's parameters, with what `localreason controls` shows and what is checked."""
     return field(default=default, metadata={"help": help, "min": min, "max": max, "choices": choices})
 

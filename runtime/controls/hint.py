@@ -100,7 +100,9 @@ class ConciseHint(Control):
         first = max(start, sequence.n_prompt) + int(share * (len(tokens) - start))
         text = b"".join(
             piece(token)
-            for token, origin in zip(tokens[self._block_at : first], sequence.origins[self._block_at - sequence.n_prompt :], strict=False)
+            for token, origin in zip(
+                tokens[self._block_at : first], sequence.origins[self._block_at - sequence.n_prompt :], strict=False
+            )
             if origin is not Origin.HINT
         )
         for index in range(first, len(tokens) - 1):

@@ -119,7 +119,9 @@ class FirstFinishSearch(Control):
         if not self.parameters.guard:
             return sequence.finish == "end"
         has_thinking = bool(self.setup.format.closes)
-        is_closed = not has_thinking or (sequence.closed_at is not None and not sequence.is_thinking and not sequence.is_cut)
+        is_closed = not has_thinking or (
+            sequence.closed_at is not None and not sequence.is_thinking and not sequence.is_cut
+        )
         return sequence.finish == "end" and is_closed and _answer(sequence) is not None
 
     def _groups(self, voters: list[Sequence]) -> list[list[Sequence]]:

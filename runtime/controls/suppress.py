@@ -30,7 +30,9 @@ class SuppressParameters(Parameters):
     delta: float = parameter(0.9, "certainty above which suppression begins", 0.0, 0.999)
     gap: int = parameter(64, "fewest thinking tokens between two probes", 0)
     answer: int = parameter(20, "most tokens of a tentative answer", 1, 200)
-    task: str = parameter("math", "what a tentative answer is; none where it has no meaning", choices=("math", "choice", "none"))
+    task: str = parameter(
+        "math", "what a tentative answer is; none where it has no meaning", choices=("math", "choice", "none")
+    )
     words: str = parameter("Wait|But|Alternatively|Alternative|Hmm", "trigger words, separated by |")
     lower: bool = parameter(False, "suppress the lower-case spellings as well")
 

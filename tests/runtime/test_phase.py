@@ -12,7 +12,9 @@ from localreason.runtime.sequence import Phase
 def read(format, tail, pieces):
     tracker = PhaseTracker(FORMATS[format], tail)
     parts = [part for i, piece in enumerate(pieces) for part in tracker.feed(piece, i)] + tracker.flush()
-    return tracker, *("".join(text for text, phase in parts if phase is wanted) for wanted in (Phase.THINK, Phase.ANSWER))
+    return tracker, *(
+        "".join(text for text, phase in parts if phase is wanted) for wanted in (Phase.THINK, Phase.ANSWER)
+    )
 
 
 REPLIES = {
