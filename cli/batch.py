@@ -101,9 +101,7 @@ def _read(argument: str, job: Job) -> tuple[list[problems.Problem], list[problem
     return todo[: job.limit], bad
 
 
-def _run(
-    job: Job, path: Path, model: dict[str, str], left: list[problems.Problem], sink: Sink, tally: Tally
-) -> bool:
+def _run(job: Job, path: Path, model: dict[str, str], left: list[problems.Problem], sink: Sink, tally: Tally) -> bool:
     """False if Ctrl-C ended it. Rows of finished problems are in the sink in any case."""
     from ..runtime.events import Token
     from ..runtime.model import Answered, Question

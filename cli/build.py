@@ -129,9 +129,7 @@ def describe_controls() -> dict[str, Any]:
             }
             for item in fields(control.Parameters)
         ]
-        controls.append(
-            {"name": name, "summary": control.summary, "source": control.source, "parameters": parameters}
-        )
+        controls.append({"name": name, "summary": control.summary, "source": control.source, "parameters": parameters})
     presets = [
         {"name": preset.name, "summary": preset.summary, "controls": [describe(item) for item in preset.controls]}
         for preset in PRESETS.values()

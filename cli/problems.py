@@ -152,7 +152,7 @@ def _from_csv(data: bytes) -> Iterator[Problem | BadRow]:
 def _problem(value: Any, line: int) -> Problem | BadRow:
     """A problem from one row's object."""
     if not isinstance(value, dict):
-        return BadRow(line, "not an object; write {\"problem\": ...}")
+        return BadRow(line, 'not an object; write {"problem": ...}')
     text = next((value[key] for key in _TEXT_KEYS if value.get(key) is not None), None)
     if text is None:
         return BadRow(line, "the key 'problem' is missing")

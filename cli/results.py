@@ -4,6 +4,7 @@ One JSON object a line. A run that is started again keeps the rows that stand fo
 recipe, drops those that failed, and writes the rest; so no row is lost and none is there twice.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -103,7 +104,12 @@ class Results:
     """A results file opened for appending, locked against a second writer. Raises OutputError."""
 
     def __init__(
-        self, path: Path, problems: list[Problem], model: dict[str, str], recipe: dict[str, Any], is_forced: bool = False
+        self,
+        path: Path,
+        problems: list[Problem],
+        model: dict[str, str],
+        recipe: dict[str, Any],
+        is_forced: bool = False,
     ) -> None:
         import filelock
 
@@ -165,15 +171,11 @@ class Results:
         self._synced, self._is_dirty = time.monotonic(), False
 
     def _unlock(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # Windows keeps open files
             Path(self._lock.lock_file).unlink(missing_ok=True)  # before the release, so that it is surely ours
-        except OSError:
-            pass  # Windows keeps open files
         self._lock.release()
 
-    def _resume(
-        self, problems: list[Problem], model: dict[str, str], recipe: dict[str, Any], is_forced: bool
-    ) -> None:
+    def _resume(self, problems: list[Problem], model: dict[str, str], recipe: dict[str, Any], is_forced: bool) -> None:
         data = self.path.read_bytes()
         rows, n_sound = _read(data, self.path)
         self._n_bytes = n_sound

@@ -23,16 +23,18 @@ Text = Annotated[
     str,
     typer.Argument(
         metavar="QUESTION_OR_FILE",
-        help="A question, or problems: an existing file, a name ending in .jsonl, .csv or .txt, or - for standard input.",
+        help="A question; or problems: a file that exists, a name in .jsonl, .csv or .txt, or - for standard input.",
     ),
 ]
 Output = Annotated[
     Path | None,
     typer.Option(
-        "-o", "--output", help="Results, one JSON object a line. For FILE.jsonl the default is FILE.results.jsonl in the "
-        "current folder; for - it is standard output. With a question: handled as a file of one problem."
+        "-o",
+        "--output",
+        help="Results, one JSON object a line. For FILE.jsonl the default is FILE.results.jsonl in the current folder; "
+        "for - it is standard output. With a question: handled as a file of one problem.",
     ),
-]  # fmt: skip
+]
 Insist = Annotated[bool, typer.Option("--insist", help="Run controls that contradict each other.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Solve only the first problems of the file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: the result row, or for a file the summary.")]
@@ -91,7 +93,8 @@ def solve(
     if problems.is_file(question) or output is not None:
         from .batch import Job, solve_all
 
-        code = solve_all(Job(settings, recipe, wiring, _output(question, output), limit, is_json, force, quiet), question)
+        where = _output(question, output)
+        code = solve_all(Job(settings, recipe, wiring, where, limit, is_json, force, quiet), question)
     else:
         code = _solve_one(settings, recipe, wiring, problems.question(question), is_json, quiet)
     raise typer.Exit(int(code))

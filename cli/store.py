@@ -223,4 +223,3 @@ def _check(path: Path, file: RemoteFile, repository: str) -> None:
     if problem:
         path.unlink(missing_ok=True)
         raise ModelBroken(f"{file.name} of {repository} {problem}; the download was removed, pull it again")
-

@@ -49,6 +49,8 @@ class Cache:
         self.n_context: int = lib.llama_n_ctx(self._pointer)
         self.n_batch: int = lib.llama_n_batch(self._pointer)
         self.lengths = [0] * n_sequences
+        self._decode = lib.llama_decode
+        self._logits = native.address_of_logits()
         self._views: dict[int, Logits] = {}
         self._address = 0
         self._make_batch()
@@ -82,77 +84,86 @@ class Cache:
         self._check_batch(batch)
         for span in batch:
             size = len(span.tokens)
-            end = n + size
-            self._tokens[n:end] = span.tokens
-            self._positions[n:end] = span.position if size == 1 else np.arange(span.position, span.position + size)
-            self._ids[n:end] = span.sequence_id
-            self._wanted[n:end] = 0
-            self._wanted[end - span.n_logits : end] = 1
-            n, n_rows = end, n_rows + span.n_logits
+            if size == 1:  # most steps: every line here runs with cold caches after the weights went through them
+                self._tokens[n], self._positions[n], self._ids[n] = span.tokens[0], span.position, span.sequence_id
+                self._wanted[n] = span.n_logits
+            else:
+                end = n + size
+                self._tokens[n:end] = span.tokens
+                self._positions[n:end] = np.arange(span.position, span.position + size)
+                self._ids[n:end] = span.sequence_id
+                self._wanted[n:end] = 0
+                self._wanted[end - span.n_logits : end] = 1
+            n, n_rows = n + size, n_rows + span.n_logits
         self._batch.n_tokens = n
-        native.forget_messages()
         try:
-            status = self._lib.llama_decode(context, self._batch)
+            status = self._decode(context, self._batch)
         except BaseException:  # Ctrl-C arrives when the call returns: the tokens are in the cache
             self._read_lengths()
             raise
         if status:
             self._fail(status, n)
         for span in batch:
-            self.lengths[span.sequence_id] = span.position + len(span.tokens)
+            self.lengths[span.sequence_id] += len(span.tokens)
         return self._rows(n_rows)
 
     def _rows(self, n_rows: int) -> Logits:
         if not n_rows:
             return np.empty((0, self._n_vocab), np.float32)
-        pointer = self._lib.llama_get_logits(self.pointer)
-        address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+        address = self._logits(self._pointer)
+        view = self._views.get(n_rows) if address == self._address else None
+        if view is None:
+            view = self._view(address, n_rows)
+        return view
+
+    def _view(self, address: int | None, n_rows: int) -> Logits:
+        """A view of llama.cpp's buffer, kept until the buffer moves."""
         if not address:
             raise DecodeFailed("llama.cpp kept no logits of the batch; report this with the model's name")
-        if address != self._address:  # the buffer grew and moved
+        if address != self._address:
             self._address = address
             self._views.clear()
-        view = self._views.get(n_rows)
-        if view is None:
-            view = self._views[n_rows] = np.ctypeslib.as_array(pointer, (n_rows, self._n_vocab))
+        pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+        view = self._views[n_rows] = np.ctypeslib.as_array(pointer, (n_rows, self._n_vocab))
         return view
 
     def _check_batch(self, batch: Batch) -> None:
-        seen, n = set[int](), 0
+        n, lengths, n_vocab = 0, self.lengths, self._n_vocab
         for span in batch:
-            self._check_span(span)
-            if span.sequence_id in seen:
-                raise DecodeFailed(f"sequence {span.sequence_id} has two spans in one batch; join them")
-            seen.add(span.sequence_id)
-            n += len(span.tokens)
+            tokens, sequence = span.tokens, span.sequence_id
+            size = len(tokens)
+            if not 0 <= sequence < len(lengths):
+                self.length(sequence)
+            if not tokens:
+                raise DecodeFailed(f"the span of sequence {sequence} is empty; give it 1 token or more")
+            if span.position != lengths[sequence]:
+                raise DecodeFailed(
+                    f"position {span.position} does not continue sequence {sequence} of {lengths[sequence]} tokens"
+                )
+            if not (0 <= tokens[0] < n_vocab) or (size > 1 and not 0 <= min(tokens) <= max(tokens) < n_vocab):
+                raise DecodeFailed(
+                    f"token ids {min(tokens)} to {max(tokens)} are not within the vocabulary of {n_vocab}; "
+                    f"take the tokenizer of the same model"
+                )
+            if not 0 <= span.n_logits <= size:
+                raise DecodeFailed(f"{span.n_logits} rows of logits were asked for of {size} tokens")
+            n += size
         if not 1 <= n <= self.n_batch:
             raise DecodeFailed(
                 f"a batch of {n} tokens was to be decoded; it holds 1 to {self.n_batch}, feed it in parts"
             )
-
-    def _check_span(self, span: Span) -> None:
-        sequence, tokens = span.sequence_id, span.tokens
-        held = self.length(sequence)
-        if not tokens:
-            raise DecodeFailed(f"the span of sequence {sequence} is empty; give it 1 token or more")
-        if span.position != held:
-            raise DecodeFailed(f"position {span.position} does not continue sequence {sequence} of {held} tokens")
-        if min(tokens) < 0 or max(tokens) >= self._n_vocab:
-            raise DecodeFailed(
-                f"token ids {min(tokens)} to {max(tokens)} are not within the vocabulary of {self._n_vocab}"
-            )
-        if not 0 <= span.n_logits <= len(tokens):
-            raise DecodeFailed(f"{span.n_logits} rows of logits were asked for of {len(tokens)} tokens")
+        if len(batch) > 1 and len({span.sequence_id for span in batch}) < len(batch):
+            raise DecodeFailed("a sequence has two spans in one batch; join them")
 
     def _fail(self, status: int, n: int) -> None:
+        why = native.cause()
+        native.forget_messages()
         if status == 1:
             raise ContextFull(
                 f"no room for {n} more tokens in a cache of {self.n_context}; drop a sequence or give a larger context"
             )
         self._read_lengths()
-        raise DecodeFailed(
-            f"llama_decode gave {status} for {n} tokens: {native.cause()}; try a smaller batch or context"
-        )
+        raise DecodeFailed(f"llama_decode gave {status} for {n} tokens: {why}; try a smaller batch or context")
 
     def _read_lengths(self) -> None:
         for i in range(len(self.lengths)):
@@ -221,6 +232,7 @@ class Cache:
         self.decode([Span(0, 0, [token])])
         self._lib.llama_set_warmup(self.pointer, False)
         self.remove(0, 0)
+        native.forget_messages()
 
     def close(self) -> None:
         """Free the cache; closing twice does nothing."""

@@ -47,6 +47,13 @@ def library() -> ModuleType:
     return llama_cpp
 
 
+@cache
+def address_of_logits() -> Any:
+    """llama_get_logits as a function that gives a plain address: cheaper than a typed pointer made at every step."""
+    place = ctypes.cast(library().llama_get_logits, ctypes.c_void_p).value or 0
+    return ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(place)
+
+
 def forget_messages() -> None:
     """Begin a call whose failure `cause` may be asked for."""
     _messages.clear()

@@ -49,16 +49,20 @@ def cell_bytes(header: Mapping[str, Any], cache_type: str) -> float:
     architecture = header.get("general.architecture")
 
     def get(name: str, default: Any) -> Any:
+        """Numbers of the layers, or one for all."""
         value = header.get(f"{architecture}.{name}")
-        return default if value is None else value
+        is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)
+        return value if isinstance(value, int) or is_list else default
 
-    n_layers = int(get("block_count", 0))
-    n_heads, n_embd = get("attention.head_count", 0), get("embedding_length", 0)
+    def highest(value: Any) -> int:
+        return max(value, default=0) if isinstance(value, list) else value
+
+    n_layers, n_embd = highest(get("block_count", 0)), highest(get("embedding_length", 0))
+    n_heads = get("attention.head_count", 0)
     n_kv = get("attention.head_count_kv", n_heads)
     n_kv_all = sum(n_kv[:n_layers]) if isinstance(n_kv, list) else n_kv * n_layers
-    widest = max(n_heads, default=0) if isinstance(n_heads, list) else n_heads
-    width = n_embd // widest if widest else 0
-    n_values = n_kv_all * (get("attention.key_length", width) + get("attention.value_length", width))
+    width = n_embd // highest(n_heads) if highest(n_heads) else 0
+    n_values = n_kv_all * sum(highest(get(f"attention.{part}_length", width)) for part in ("key", "value"))
     return n_values * _BYTES_PER_VALUE[cache_type]
 
 

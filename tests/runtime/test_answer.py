@@ -1,6 +1,7 @@
 """Answers: what is taken for one, and what is the same."""
 
 import threading
+import time
 
 import pytest
 
@@ -18,6 +19,12 @@ from localreason.runtime.markup import in_code_or_formula
         ("Final Answer: 18 clips", "18"),
         ("**Final Answer**: $x+1$", "x+1"),
         ("The answer is 3/4.", "3/4"),
+        ("The answer is 5, since", "5"),
+        ("The answer is $\\frac{3}{4}$.", "\\frac{3}{4}"),
+        ("The answer is $5 and $6", "$5"),
+        ("The answer is (B).", "B"),
+        ("The answer is A good one", None),
+        ("\\boxed{\\left\\{1, 2\\right\\}}", "\\left\\{1, 2\\right\\}"),
         ("there are 5 apples", None),
         ("\\boxed{}", None),
         ("", None),
@@ -42,13 +49,26 @@ def test_extract(text, answer):
         ("2\\sqrt{3}", "\\sqrt{12}"),
         ("(1, 2)", "(1,2)"),
         ("x^2+1", "1 + x^2"),
+        ("18", "18\\text{ dollars}"),
+        ("18 dollars", "18"),
+        ("5 \\text{ cm}^2", "5"),
+        ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+        ("\\text{(B)}", "B"),
+        ("1\\frac{1}{2}", "\\frac{3}{2}"),
+        ("3, 1, 2", "1,2,3"),
+        ("52_8", "52_{8}"),
     ],
 )
 def test_equal(one, other):
     assert is_equal(one, other)
 
 
-@pytest.mark.parametrize(("one", "other"), [("42", "43"), ("(1,2)", "(2,1)"), ("x", "y"), ("", "1"), ("-3", "3")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("42", "43"), ("(1,2)", "(2,1)"), ("x", "y"), ("", "1"), ("-3", "3")]
+    + [("52_8", "528"), ("12345678901234567890", "12345678901234567891"), ("1e999", "1e9999"), ("nan", "inf")]
+    + [("5 x", "5"), ("3 apples", "4 apples"), ("[0,1]", "(0,1)")],
+)
 def test_different(one, other):
     assert not is_equal(one, other)
 
@@ -56,6 +76,25 @@ def test_different(one, other):
 def test_text_is_never_run_and_large_powers_are_not_computed():
     assert not is_equal("__import__('os').system('false')", "1")
     assert not is_equal("9^{99999999}", "1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9^{9^9}", "9^9^9", "9**9**9", "((9^{999})^{999})^{999}", "2^{(999999999)}", "2^{99\\cdot 99999}", "99999!"]
+    + ["\\binom{99999999}{55555555}", "2^\\frac{99999999}{1}", "\\prod_{i=1}^{99999} i", "9" * 500],
+)
+def test_an_answer_that_would_take_for_ever_to_compute_is_compared_as_text(text):
+    started = time.monotonic()
+    assert not is_equal(text, "1")
+    assert is_equal(text, f"${text}$")
+    assert time.monotonic() - started < 2
+
+
+def test_a_boxed_that_repeats_without_end_is_read_in_one_pass():
+    started = time.monotonic()
+    assert extract("\\boxed{" * 50_000) is None
+    assert extract("\\boxed{" * 50_000 + "7}") == "7"
+    assert time.monotonic() - started < 2
 
 
 def test_works_off_the_main_thread():

@@ -72,6 +72,20 @@ def test_text_that_may_become_a_tag_is_shown_when_the_reply_ends():
     assert read("think", "<think>", [b"a</thin"])[1] == "a</thin"
 
 
+def test_a_tag_that_could_have_grown_counts_at_the_end_of_the_prompt_and_of_the_reply():
+    assert PhaseTracker(FORMATS["gemma4"], "<|turn>model\n<|channel>thought").phase is Phase.THINK
+    tracker, _, answer = read("gemma4", "", [b"<|channel>thought"])
+    assert (tracker.phase, answer) == (Phase.THINK, "")
+
+
+def test_half_a_character_behind_a_tag_that_is_taken_back_is_taken_back_with_it():
+    tracker = PhaseTracker(FORMATS["think"], "<think>")
+    tracker.feed(b"a</think>\xc3", 1)
+    tracker.reopen()
+    assert tracker.is_whole_text
+    assert tracker.feed(b"b", 1) == [("b", Phase.THINK)]
+
+
 def test_incomplete_characters_are_waited_for_and_then_replaced():
     tracker = PhaseTracker(FORMATS["none"])
     assert tracker.feed("é".encode()[:1], 0) == []
