@@ -111,9 +111,10 @@ def _run(job: Job, path: Path, model: dict[str, str], left: list[problems.Proble
     by_id = {problem.id: problem for problem in left}
     questions = [Question(problem.id, problem.text) for problem in left]
     recipe = job.recipe.describe()
+    options = build.make_options(job.config, job.recipe, n_parallel, (problem.text for problem in left))
     try:
         with (
-            job.wiring.open_model(path, build.make_options(job.config, job.recipe, n_parallel)) as opened,
+            job.wiring.open_model(path, options) as opened,
             Interrupts() as interrupts,
             _show(job, tally) as show,
             _closing(opened.solve(questions, job.recipe, n_parallel)) as events,
@@ -202,6 +203,8 @@ def _report(job: Job, tally: Tally) -> None:
         table["tokens"] = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "none"
         table["right"] = accuracy or "no answers given"
         del table["graded"]
+        if not tally.n_tokens:
+            del table["tokens"], table["tokens_per_second"], table["seconds"]
         lines = [f"{key.replace('_', ' '):<18} {safe(str(value))}" for key, value in table.items() if value is not None]
         print("\n" + "\n".join(lines), file=sys.stderr if job.output is None else sys.stdout)
 

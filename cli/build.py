@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ..runtime.model import Answered, Question, Recipe
 
 
+_N_TEMPLATE = 1024
+"""Tokens that a prompt may have besides the question."""
+
+
 class Solver(Protocol):
     """What the commands need of an opened model."""
 
@@ -70,11 +74,13 @@ def make_recipe(config: Config, is_insisting: bool = False) -> "Recipe":
     )
 
 
-def make_options(config: Config, recipe: "Recipe", n_parallel: int) -> "EngineOptions":
-    """How the file is to be opened for this many problems at once."""
+def make_options(config: Config, recipe: "Recipe", n_parallel: int, texts: Iterable[str]) -> "EngineOptions":
+    """How the file is to be opened for these problems, this many at once."""
     from ..runtime.llama import EngineOptions
 
     chosen, n_sequences = config.settings, recipe.n_sequences(n_parallel)
+    # No vocabulary makes more tokens of a text than it has bytes; the rest is for a template and its examples.
+    n_prompt = max((len(text.encode("utf-8", "replace")) for text in texts), default=0) + _N_TEMPLATE
     try:
         return EngineOptions(
             n_context=chosen.context,
@@ -82,6 +88,7 @@ def make_options(config: Config, recipe: "Recipe", n_parallel: int) -> "EngineOp
             n_threads=chosen.threads,
             n_gpu_layers=chosen.gpu_layers,
             cache_type=chosen.cache_type,
+            n_needed=recipe.n_cells(n_parallel, n_prompt),
         )
     except InputError as error:
         raise ControlError(

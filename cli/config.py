@@ -39,7 +39,7 @@ class Settings:
     min_p: float = _setting(0.0, "drop tokens less likely than this share of the best one; 0 is off", 0, 1)
     max_tokens: int | None = _setting(None, "most tokens of a reply; unset: the thinking cap and 2048", 1, 2**31 - 1)
     context: int | None = _setting(None, "tokens that the cache holds; unset: what fits into memory", 16, 1 << 24)
-    threads: int | None = _setting(None, "threads; unset: the physical cores", 1, 1024)
+    threads: int | None = _setting(None, "threads; unset: the physical cores", 1, 512)
     gpu_layers: int | None = _setting(None, "layers on the GPU; unset: all where there is one", 0, 10_000)
     cache_type: str = _setting("f16", "type of the key-value cache", choices=("f16", "q8_0", "q4_0"))
     format: str | None = _setting(None, "thinking format, e.g. think, harmony, prompted; unset: detected")

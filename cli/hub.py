@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..runtime.errors import ModelError, ModelNotFound, OutputError
 
@@ -33,13 +33,16 @@ class Hub(Protocol):
 
 
 class HuggingFace:
-    """The real Hub, by huggingface_hub, which resumes downloads itself."""
+    """The real Hub, by huggingface_hub, which resumes downloads itself; `endpoint` None is the library's own choice."""
+
+    def __init__(self, endpoint: str | None = None) -> None:
+        self._endpoint = endpoint
 
     def files(self, repository: str) -> list[RemoteFile]:
         import huggingface_hub
 
         with _mapped(repository):
-            api = huggingface_hub.HfApi(library_name="localreason")
+            api = huggingface_hub.HfApi(endpoint=self._endpoint, library_name="localreason")
             info = api.model_info(repository, files_metadata=True, timeout=_DEADLINE_SECONDS)
         return [
             RemoteFile(item.rfilename, item.size or 0, item.lfs.sha256 if item.lfs else None)
@@ -51,7 +54,12 @@ class HuggingFace:
 
         with _mapped(repository):
             file = huggingface_hub.hf_hub_download(
-                repository, name, local_dir=folder, etag_timeout=_DEADLINE_SECONDS, library_name="localreason"
+                repository,
+                name,
+                local_dir=folder,
+                etag_timeout=_DEADLINE_SECONDS,
+                library_name="localreason",
+                endpoint=self._endpoint,
             )
         return Path(file)
 
@@ -62,7 +70,12 @@ def _mapped(repository: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     # The HTTP library's own root error; which library that is depends on the version of huggingface_hub.
-    network = (errors.HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
+    network: tuple[Any, ...] = (
+        errors.HfHubHTTPError.__bases__[0],
+        ConnectionError,
+        TimeoutError,
+        errors.LocalEntryNotFoundError,
+    )
     try:
         yield
     except errors.GatedRepoError as error:

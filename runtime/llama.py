@@ -31,6 +31,8 @@ class EngineOptions:
     cache_type: str = "f16"
     n_batch: int | None = None
     use_mmap: bool = True
+    n_needed: int | None = None
+    """Tokens beyond which a larger context has no use; a context that is not given is not made larger."""
 
     def __post_init__(self) -> None:
         if self.cache_type not in CACHE_TYPES:
@@ -214,7 +216,8 @@ def _open_cache(model: Model, options: EngineOptions, n_context_train: int) -> C
     if n_cells is None:
         # Mapped weights are no memory taken yet, so they still count against what is free.
         free = available_bytes()
-        n_cells = fitting_cells(n_context_train * options.n_sequences, per_cell, model.n_bytes, free)
+        n_wanted = min(n_context_train * options.n_sequences, options.n_needed or 1 << 24)
+        n_cells = fitting_cells(-(-n_wanted // 256) * 256, per_cell, model.n_bytes, free)
     elif is_on_host:
         check_room(n_cells, per_cell, available_bytes())
     while True:

@@ -33,5 +33,5 @@ def test_thinking_that_was_never_closed_is_stripped_too():
 
 
 def test_an_unknown_format_is_named_with_those_that_exist():
-    with pytest.raises(InputError, match="'thinkk'.*harmony"):
+    with pytest.raises(InputError, match=r"'thinkk'.*harmony"):
         find_format("thinkk")

@@ -68,7 +68,8 @@ def test_json_is_written_without_escapes_for_html_and_takes_the_usual_arguments(
 
 
 def test_today_can_be_asked_for():
-    parts = render("{{ strftime_now('%Y') }}{{ messages[0].content }}", [Message("user", "U")], now=datetime(2031, 5, 1))
+    template = "{{ strftime_now('%Y') }}{{ messages[0].content }}"
+    parts = render(template, [Message("user", "U")], now=datetime(2031, 5, 1))
     assert parts[0].text == "2031"
 
 

@@ -1,0 +1,148 @@
+"""The store against a Hub in memory."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+
+from localreason.cli import store
+from localreason.cli.checksum import sha256
+from localreason.cli.hub import HuggingFace
+from localreason.cli.main import ExitCode, main
+from localreason.runtime.errors import ModelBroken, ModelError, ModelNotFound, OutputError
+from tests.cli.fake import FakeHub, wiring
+
+QWEN = "Qwen/Qwen3-0.6B-GGUF"
+
+
+@pytest.fixture
+def hub() -> FakeHub:
+    files = {
+        QWEN: {"Qwen3-0.6B-Q8_0.gguf": b"eight", "Qwen3-0.6B-Q4_K_M.gguf": b"four", "README.md": b"#"},
+        "a/split": {f"Q8/m-Q8_0-0000{i}-of-00003.gguf": bytes([i]) for i in (1, 2, 3)},
+        "a/torn": {"m-Q8_0-00001-of-00002.gguf": b"1"},
+        "a/one": {"one.gguf": b"1"},
+    }
+    return FakeHub(files, lambda data: hashlib.sha256(data).hexdigest())
+
+
+@pytest.fixture
+def folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LOCALREASON_STORE", str(home / "store"))
+    return home / "store"
+
+
+def test_a_pulled_model_is_found_by_name_reference_and_path(hub: FakeHub, folder: Path):
+    path = store.pull("qwen3-0.6b", folder, hub)
+    assert path.read_bytes() == b"eight"
+    assert hub.downloads == ["Qwen3-0.6B-Q8_0.gguf"]
+    for reference in ("qwen3-0.6b", f"{QWEN}:Q8_0", f"{QWEN}:q8_0", f"{QWEN}/Qwen3-0.6B-Q8_0.gguf", str(path)):
+        assert store.find(reference, folder) == path
+    assert store.find(f"{QWEN}:Q4_K_M", folder) is None
+    assert [item.name for item in store.list_stored(folder)] == ["qwen3-0.6b"]
+
+
+def test_all_parts_of_a_split_model_are_pulled_and_removed(hub: FakeHub, folder: Path):
+    path = store.pull("a/split:Q8_0", folder, hub)
+    assert path.name == "m-Q8_0-00001-of-00003.gguf"
+    assert len(store.parts(path)) == 3
+    assert store.list_stored(folder)[0].n_bytes == 3
+    assert len(store.remove("a/split:Q8_0", folder)) == 3
+    assert store.list_stored(folder) == []
+
+
+def test_a_damaged_download_never_reaches_the_store(hub: FakeHub, folder: Path):
+    hub.is_corrupting = True
+    with pytest.raises(ModelBroken, match="another SHA-256"):
+        store.pull("qwen3-0.6b", folder, hub)
+    assert store.list_stored(folder) == []
+    hub.extra_bytes = 7
+    with pytest.raises(ModelBroken, match="has 5 bytes instead of 12"):
+        store.pull("qwen3-0.6b", folder, hub)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_download(hub: FakeHub, folder: Path):
+    hub.extra_bytes = 1 << 60
+    with pytest.raises(OutputError, match="GB free"):
+        store.pull("qwen3-0.6b", folder, hub)
+    assert hub.downloads == []
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        (f"{QWEN}:Q2_K", "has no Q2_K; it has Qwen3-0.6B-Q4_K_M, Qwen3-0.6B-Q8_0"),
+        (QWEN, "several models"),
+        ("no/such:Q8_0", "no repository"),
+        ("plain words", "cannot be pulled"),
+        ("a/torn:Q8_0", "1 of its 2 parts"),
+    ],
+)
+def test_a_reference_that_fits_nothing_is_refused(reference: str, words: str, hub: FakeHub, folder: Path):
+    with pytest.raises(ModelError, match=words):
+        store.pull(reference, folder, hub)
+
+
+def test_what_is_outside_the_store_is_never_removed(model: str, folder: Path):
+    with pytest.raises(ModelNotFound, match="not in the store"):
+        store.remove(model, folder)
+    assert Path(model).exists()
+
+
+@pytest.mark.parametrize("reference", ["./missing.gguf", "missing.gguf", "bogus", "."])
+def test_a_model_that_is_nowhere_is_told(reference: str, folder: Path):
+    with pytest.raises(ModelNotFound):
+        store.find(reference, folder)
+
+
+def test_the_commands_pull_list_and_remove(hub: FakeHub, folder: Path, capfd: pytest.CaptureFixture[str]):
+    assert main(["models", "pull", "a/one"], wiring(hub=hub)) == ExitCode.OK
+    assert capfd.readouterr().out == f"{folder / 'a/one/one.gguf'}\n"
+    assert main(["models", "list", "--json"]) == ExitCode.OK
+    rows = {row["name"]: row for row in json.loads(capfd.readouterr().out)}
+    assert rows["a/one/one.gguf"]["path"]
+    assert rows["qwen3-1.7b"]["path"] is None
+    assert main(["models", "list"]) == ExitCode.OK
+    assert main(["models", "rm", "a/one"]) == ExitCode.OK
+    assert main(["models", "rm", "a/one"]) == ExitCode.MODEL
+    assert main(["models", "show", "a/one"]) == ExitCode.MODEL
+
+
+def test_solve_pulls_a_reference_that_is_not_here(hub: FakeHub, folder: Path, capfd: pytest.CaptureFixture[str]):
+    assert main(["solve", "x", "--model", "a/one", "--quiet"], wiring(hub=hub)) == ExitCode.OK
+    assert "pulling it" in capfd.readouterr().err
+
+
+def test_show_reads_the_header(folder: Path, home: Path, capfd: pytest.CaptureFixture[str]):
+    writer = gguf.GGUFWriter(home / "tiny.gguf", "llama")
+    writer.add_context_length(512)
+    writer.add_chat_template("{{ '<think>' }}")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert main(["models", "show", "tiny.gguf", "--json"]) == ExitCode.OK
+    row = json.loads(capfd.readouterr().out)
+    assert (row["architecture"], row["context_length"], row["thinking_format"]) == ("llama", 512, "deepseek")
+    assert row["sha256"] == hashlib.sha256((home / "tiny.gguf").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("data", [b"", b"GGUF", b"no model at all, but long enough to have a header"])
+def test_show_of_a_file_that_is_no_model_is_a_model_error(data: bytes, folder: Path, home: Path):
+    (home / "bad.gguf").write_bytes(data)
+    assert main(["models", "show", "bad.gguf"]) == ExitCode.MODEL
+
+
+def test_the_real_hub_out_of_reach_is_one_sentence(folder: Path):
+    with pytest.raises(ModelError, match="cannot be reached"):
+        store.pull("qwen3-0.6b", folder, HuggingFace("http://127.0.0.1:9"))
+
+
+def test_a_checksum_is_remembered_until_the_file_changes(model: str):
+    path = Path(model)
+    first = sha256(path)
+    assert sha256(path) == first
+    path.write_bytes(b"other")
+    assert sha256(path) == hashlib.sha256(b"other").hexdigest()
