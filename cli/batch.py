@@ -117,7 +117,7 @@ def _run(job: Job, path: Path, model: dict[str, str], left: list[problems.Proble
             job.wiring.open_model(path, options) as opened,
             Interrupts() as interrupts,
             _show(job, tally) as show,
-            _closing(opened.solve(questions, job.recipe, n_parallel)) as events,
+            contextlib.closing(opened.solve(questions, job.recipe, n_parallel)) as events,
         ):
             tally.started = time.perf_counter()
             for event in events:
@@ -138,13 +138,6 @@ def _run(job: Job, path: Path, model: dict[str, str], left: list[problems.Proble
         _tell_resume(job, tally)
         raise
     return True
-
-
-@contextlib.contextmanager
-def _closing(events: Any) -> Iterator[Any]:
-    """Closing the generator cancels what is in flight."""
-    with contextlib.closing(events):
-        yield events
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The only place that wires settings to recipes, files and engines."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class Solver(Protocol):
 
     def solve(
         self, questions: "Iterable[Question]", recipe: "Recipe | None" = None, n_parallel: int = 1
-    ) -> "Iterator[Event | Answered]":
+    ) -> "Generator[Event | Answered, None, None]":
         """Events of all questions, each ending with its `Answered`."""
         ...
 

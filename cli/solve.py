@@ -4,7 +4,7 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -164,7 +164,7 @@ def _ask(
     with (
         wiring.open_model(path, options) as model,
         Interrupts() as interrupts,
-        contextlib.closing(_as_any(model.solve([Question(problem.id, problem.text)], recipe, 1))) as events,
+        contextlib.closing(model.solve([Question(problem.id, problem.text)], recipe, 1)) as events,
     ):
         for event in events:
             if isinstance(event, Answered):
@@ -194,8 +194,3 @@ def _is_stopped(
     if stream is not None:
         stream.note("answering now; Ctrl-C again stops")
     return False
-
-
-def _as_any(events: Any) -> Any:
-    """The generator behind the iterator that the protocol promises."""
-    return events

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -173,7 +173,7 @@ class Model:
     ) -> None:
         self.close()
 
-    def ask(self, text: str, recipe: Recipe | None = None) -> Iterator[Event | Answered]:
+    def ask(self, text: str, recipe: Recipe | None = None) -> Generator[Event | Answered, None, None]:
         """Answer one question; the last event is `Answered`. Raises the question's error."""
         for event in self.solve([Question("", text)], recipe):
             if isinstance(event, Answered) and event.result.error is not None:
@@ -182,7 +182,7 @@ class Model:
 
     def solve(
         self, questions: Iterable[Question], recipe: Recipe | None = None, n_parallel: int = 1
-    ) -> Iterator[Event | Answered]:
+    ) -> Generator[Event | Answered, None, None]:
         """Answer questions, `n_parallel` at a time; events of several are interleaved, each ends with `Answered`.
 
         A question that cannot be run gives a result with its error, the others go on. Raises ControlError where the
@@ -260,7 +260,7 @@ class Model:
         yield from requests
 
 
-def _sampler(recipe: Recipe, sample: int):
+def _sampler(recipe: Recipe, sample: int) -> Callable[[Row], int]:
     """Draws with a random stream of the sample's own: the same seed gives the same tokens again."""
     random = np.random.default_rng((recipe.seed, sample))
 

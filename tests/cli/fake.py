@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -40,7 +40,7 @@ class FakeModel:
 
     def solve(
         self, questions: Iterable[Question], recipe: Recipe | None = None, n_parallel: int = 1
-    ) -> Iterator[Event | Answered]:
+    ) -> Generator[Event | Answered, None, None]:
         recipe = recipe or Recipe()
         for question in questions:
             self.asked.append(question.id)
@@ -53,7 +53,7 @@ class FakeModel:
                 continue
             yield from self._events(question, recipe)
 
-    def _events(self, question: Question, recipe: Recipe) -> Iterator[Event | Answered]:
+    def _events(self, question: Question, recipe: Recipe) -> Generator[Event | Answered, None, None]:
         sequence = Sequence([1, 2, 3], id=question.id)
         sequence.phase = Phase.THINK
         if "a bug" in question.text:
