@@ -18,9 +18,16 @@ class Cache:
     """The cache of one model and what evaluates into it; `lengths` are the tokens that each sequence holds."""
 
     def __init__(
-        self, model: native.Model, n_context: int, n_sequences: int, n_batch: int, n_threads: int, cache_type: str
+        self,
+        model: native.Model,
+        n_context: int,
+        n_sequences: int,
+        n_batch: int,
+        n_threads: int,
+        cache_type: str,
+        tap: native.Tap | None = None,
     ) -> None:
-        """Raises OutOfMemory, ModelUnsupported, InputError."""
+        """A `tap` takes the place of logits. Raises OutOfMemory, ModelUnsupported, InputError."""
         lib = self._lib = native.library()
         if not 1 <= n_sequences <= lib.llama_max_parallel_sequences():
             raise InputError(f"n_sequences is {n_sequences}; llama.cpp holds 1 to {lib.llama_max_parallel_sequences()}")
@@ -29,6 +36,9 @@ class Cache:
         # Rounded up here: a smaller value would also lower n_batch, and too large a batch ends the process.
         n_context = -(-n_context // _N_PADDED) * _N_PADDED
         parameters = _parameters(n_context, n_sequences, n_batch, n_threads, cache_type)
+        self._tap = tap
+        if tap is not None:
+            parameters.cb_eval = tap.callback
         native.forget_messages()
         self._pointer = lib.llama_init_from_model(model.pointer, parameters)
         if not self._pointer:
@@ -39,6 +49,7 @@ class Cache:
             raise ModelUnsupported(f"{model.path} has no cache and cannot write token by token; take another file")
         self._is_recurrent = model.is_recurrent
         self._n_vocab = model.n_vocab
+        self._n_embd = model.n_embd
         self.n_context: int = lib.llama_n_ctx(self._pointer)
         self.n_batch: int = lib.llama_n_batch(self._pointer)
         self.lengths = [0] * n_sequences
@@ -63,6 +74,9 @@ class Cache:
             ("logits", self._wanted),
         ):
             setattr(batch, name, ctypes.cast(array.ctypes.data, dict(batch._fields_)[name]))
+        # The same arrays with activations in place of tokens.
+        self._fed = self._lib.llama_batch.from_buffer_copy(batch)
+        self._fed.token = None
 
     @property
     def pointer(self) -> Any:
@@ -71,10 +85,15 @@ class Cache:
             raise EngineError("the engine is closed; open the model again")
         return self._pointer
 
-    def decode(self, batch: Batch) -> Logits:
-        """Evaluate spans; the wanted rows in the batch's order, as a view of llama.cpp's buffer."""
-        context, n, n_rows = self.pointer, 0, 0
-        self._check_batch(batch)
+    def decode(self, batch: Batch, activations: NDArray[np.float32] | None = None) -> Logits:
+        """Evaluate spans; the wanted rows in the batch's order, as a view of llama.cpp's buffer.
+
+        `activations`, shape (n_tokens, n_embd), take the place of the tokens, of which then only the number counts;
+        with a tap the rows are activations too.
+        """
+        context, n, n_rows, native_batch = self.pointer, 0, 0, self._batch
+        # Of activations no tokens are known; any number passes for one.
+        self._check_batch(batch, self._n_vocab if activations is None else 1 << 31)
         for span in batch:
             size = len(span.tokens)
             if size == 1:  # most steps: every line here runs with cold caches after the weights went through them
@@ -88,9 +107,14 @@ class Cache:
                 self._wanted[n:end] = 0
                 self._wanted[end - span.n_logits : end] = 1
             n, n_rows = n + size, n_rows + span.n_logits
-        self._batch.n_tokens = n
+        if activations is not None:
+            native_batch = self._fed
+            native_batch.embd = self._address_of(activations, n)
+        if self._tap is not None:
+            self._tap.begin()
+        native_batch.n_tokens = n
         try:
-            status = self._decode(context, self._batch)
+            status = self._decode(context, native_batch)
         except BaseException:  # Ctrl-C arrives when the call returns: the tokens are in the cache
             self._read_lengths()
             raise
@@ -98,7 +122,29 @@ class Cache:
             self._fail(status, n)
         for span in batch:
             self.lengths[span.sequence_id] += len(span.tokens)
-        return self._rows(n_rows)
+        return self._rows(n_rows) if self._tap is None else self._tapped(batch, native_batch, n_rows)
+
+    def _tapped(self, batch: Batch, native_batch: Any, n_rows: int) -> NDArray[np.float32]:
+        """What the tap caught; the batch is run again where the graph was another one than before."""
+        assert self._tap is not None
+        if len(self._tap.rows()) != n_rows:
+            for span in batch:
+                self._lib.llama_memory_seq_rm(self._memory, span.sequence_id, span.position, -1)
+            self._tap.begin(is_exhaustive=True)
+            status = self._decode(self.pointer, native_batch)
+            if status or len(self._tap.rows()) != n_rows:
+                self._read_lengths()
+                raise DecodeFailed(f"{len(self._tap.rows())} of {n_rows} activations came out of the window")
+        return self._tap.rows()
+
+    def _address_of(self, activations: NDArray[np.float32], n: int) -> Any:
+        """A checked pointer to input rows."""
+        wanted = (n, self._n_embd)
+        if activations.shape != wanted or activations.dtype != np.float32 or not activations.flags.c_contiguous:
+            raise DecodeFailed(
+                f"activations of {activations.shape} {activations.dtype} came in place of {wanted} float32"
+            )
+        return ctypes.cast(activations.ctypes.data, ctypes.POINTER(ctypes.c_float))
 
     def _rows(self, n_rows: int) -> Logits:
         if not n_rows:
@@ -120,8 +166,8 @@ class Cache:
         view = self._views[n_rows] = np.ctypeslib.as_array(pointer, (n_rows, self._n_vocab))
         return view
 
-    def _check_batch(self, batch: Batch) -> None:
-        n, lengths, n_vocab = 0, self.lengths, self._n_vocab
+    def _check_batch(self, batch: Batch, n_vocab: int) -> None:
+        n, lengths = 0, self.lengths
         for span in batch:
             tokens, sequence = span.tokens, span.sequence_id
             size = len(tokens)

@@ -1,10 +1,11 @@
-"""Reads the metadata of a GGUF file and refuses what would end the process inside llama.cpp.
+"""Reads metadata and tensor table of a GGUF file and refuses what would end the process inside llama.cpp.
 
 llama.cpp asserts on some contradictions of a header instead of reporting them. Each check here stands for one that a
 test has seen do so.
 """
 
 import struct
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,8 +17,32 @@ _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _ALIGNMENT = 32
 _MOST_LAYERS = 512
 _MOST_EXPERTS = 1024
+_MOST_TENSORS = 1 << 16
 _LONGEST_KEPT = 4096
 """Arrays of more numbers than this are passed over."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A line of the tensor table: `shape` in ggml's order (columns first), `kind` ggml's number of the type, `offset`
+    of the data from the beginning of the data part."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+@dataclass(slots=True)
+class Header:
+    """What stands before the weights. `kinds` are GGUF's numbers of the values' types (of the items, for an array);
+    `data_offset` is where the data part begins."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    tensors: list[TensorEntry] = field(default_factory=list)
+    data_offset: int = 0
+    n_bytes: int = 0
 
 
 class _Damage(Exception):
@@ -26,20 +51,25 @@ class _Damage(Exception):
 
 def read_header(path: Path) -> dict[str, Any]:
     """The metadata of a GGUF file: scalars, strings and short arrays of numbers. Raises ModelNotFound, ModelBroken."""
+    return read_table(path, has_tensors=False).values
+
+
+def read_table(path: Path, has_tensors: bool = True) -> Header:
+    """Metadata and tensor table of a GGUF file. Raises ModelNotFound, ModelBroken."""
     try:
         if path.is_dir():
             raise ModelNotFound(f"{path} is a folder; give the .gguf file in it")
         if not path.is_file():
             raise ModelNotFound(f"there is no model file {path}; see `localreason models list`")
         with path.open("rb") as file:
-            return _read(file, path)
+            return _read(file, path, has_tensors)
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"{path} cannot be read: {error}; check its name and its permissions") from error
     except _Damage as error:
         raise ModelBroken(f"{path} is truncated or damaged: {error}; get it again") from error
 
 
-def _read(file: BinaryIO, path: Path) -> dict[str, Any]:
+def _read(file: BinaryIO, path: Path, has_tensors: bool) -> Header:
     n_bytes = path.stat().st_size
     head = file.read(24)
     if head[:4] != b"GGUF":
@@ -55,11 +85,19 @@ def _read(file: BinaryIO, path: Path) -> dict[str, Any]:
     if n_tensors * 24 + n_values * 13 > n_bytes:
         raise _Damage(f"it claims {n_tensors} tensors and {n_values} values in {n_bytes} bytes")
     reader = _Reader(file, n_bytes)
-    values: dict[str, Any] = {}
+    header = Header(n_bytes=n_bytes)
     for _ in range(n_values):
         key = reader.text()
-        values[key] = reader.value(reader.number("I"), key)
-    return values
+        header.values[key], header.kinds[key] = reader.value(reader.number("I"), key)
+    if has_tensors:
+        if n_tensors > _MOST_TENSORS:
+            raise _Damage(f"it claims {n_tensors} tensors; at most {_MOST_TENSORS} are read")
+        header.tensors = [reader.tensor() for _ in range(n_tensors)]
+        alignment = header.values.get("general.alignment", _ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise _Damage(f"its alignment is {alignment!r}")
+        header.data_offset = -(-file.tell() // alignment) * alignment
+    return header
 
 
 class _Reader:
@@ -80,21 +118,29 @@ class _Reader:
     def text(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", "replace")
 
-    def value(self, kind: int, key: str) -> Any:
+    def tensor(self) -> TensorEntry:
+        name, n_dimensions = self.text(), self.number("I")
+        if not 1 <= n_dimensions <= 4:
+            raise _Damage(f"the tensor {name!r} has {n_dimensions} dimensions")
+        shape = tuple(self.number("Q") for _ in range(n_dimensions))
+        return TensorEntry(name, shape, self.number("I"), self.number("Q"))
+
+    def value(self, kind: int, key: str) -> tuple[Any, int]:
+        """The value, None for what is passed over, and its type or that of its items."""
         if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
+            return self.number(_SCALARS[kind]), kind
         if kind == _STRING:
-            return self.text()
+            return self.text(), kind
         if kind != _ARRAY:
             raise _Damage(f"the value {key!r} is of unknown kind {kind}")
         kind, n = self.number("I"), self.number("Q")
         if kind == _STRING:
-            return self._texts(n, key)
+            return self._texts(n, key), kind
         if kind not in _SCALARS:
             raise _Damage(f"the array {key!r} is of unknown kind {kind}")
         form = _SCALARS[kind]
         data = self.take(n * struct.calcsize("<" + form))
-        return list(struct.unpack(f"<{n}{form}", data)) if n <= _LONGEST_KEPT else None
+        return (list(struct.unpack(f"<{n}{form}", data)) if n <= _LONGEST_KEPT else None), kind
 
     def _texts(self, n: int, key: str) -> None:
         """Pass over texts; those of a vocabulary must differ, the empty ones apart."""

@@ -12,6 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .errors import EngineError, LocalReasonError, ModelBroken, ModelUnsupported, OutOfMemory
 from .header import check_header, read_header
 
@@ -54,6 +57,60 @@ def address_of_logits() -> Any:
     return ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(place)
 
 
+@cache
+def _tensor_functions() -> tuple[Any, Any, Any]:
+    """ggml's name, size and read of a tensor, which llama_cpp does not bind."""
+    folder = Path(library().__file__ or "").parent / "lib"
+    names = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
+    path = next((folder / name for name in names if (folder / name).exists()), None)
+    if path is None:
+        raise EngineError(f"there is no ggml-base library in {folder}; install llama-cpp-python again")
+    base = ctypes.CDLL(str(path))
+    base.ggml_get_name.restype, base.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    base.ggml_nbytes.restype, base.ggml_nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+    base.ggml_backend_tensor_get.restype = None
+    base.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    return base.ggml_get_name, base.ggml_nbytes, base.ggml_backend_tensor_get
+
+
+class Tap:
+    """Takes the residual stream behind the last layer, before the norm, and ends the evaluation there.
+
+    llama.cpp asks for each node of the graph, so the answer must be cheap: a name is looked at only near the place
+    where the wanted one stood last time. Where it moved up, nothing is caught, and the batch has to be run again.
+    """
+
+    _N_NEAR = 64
+
+    def __init__(self, n_layers: int, n_embd: int, n_batch: int) -> None:
+        self._name = b"l_out-%d" % (n_layers - 1)
+        self._get_name, self._n_bytes, self._read = _tensor_functions()
+        self._rows = np.empty((n_batch, n_embd), np.float32)
+        self._start = self._count = self._n_caught = 0
+        self.callback = library().ggml_backend_sched_eval_callback(self._visit)
+
+    def begin(self, is_exhaustive: bool = False) -> None:
+        """Before each evaluation."""
+        self._count = self._n_caught = 0
+        if is_exhaustive:
+            self._start = 0
+
+    def _visit(self, tensor: int, is_asked: bool, _: Any) -> bool:
+        if is_asked:
+            self._count += 1
+            return self._count > self._start and self._get_name(tensor) == self._name
+        self._start = max(0, self._count - self._N_NEAR)
+        n = self._n_bytes(tensor)
+        if n <= self._rows.nbytes:
+            self._read(tensor, self._rows.ctypes.data, 0, n)
+            self._n_caught = n // self._rows.strides[0]
+        return False
+
+    def rows(self) -> NDArray[np.float32]:
+        """What was caught, shape (n_tokens, n_embd), valid until the next evaluation."""
+        return self._rows[: self._n_caught]
+
+
 def forget_messages() -> None:
     """Begin a call whose failure `cause` may be asked for."""
     _messages.clear()
@@ -77,8 +134,16 @@ def is_out_of_memory() -> bool:
 class Model:
     """A loaded GGUF file and its vocabulary; freed once, and refused after that."""
 
-    def __init__(self, path: Path, n_gpu_layers: int = 0, use_mmap: bool = True, vocab_only: bool = False) -> None:
-        """Raises ModelNotFound, ModelBroken, ModelUnsupported or OutOfMemory."""
+    def __init__(
+        self,
+        path: Path,
+        n_gpu_layers: int = 0,
+        use_mmap: bool = True,
+        vocab_only: bool = False,
+        is_window: bool = False,
+    ) -> None:
+        """`is_window` opens a part of a model, which has no vocabulary. Raises ModelNotFound, ModelBroken,
+        ModelUnsupported or OutOfMemory."""
         self.path = path
         self.header = read_header(path)
         check_header(self.header, path)
@@ -93,15 +158,15 @@ class Model:
             raise _load_error(path)
         try:
             self._vocab = lib.llama_model_get_vocab(self._pointer)
-            self._check(vocab_only)
+            self._check(vocab_only, is_window)
         except BaseException:
             self.close()
             raise
         self._buffer = ctypes.create_string_buffer(256)
 
-    def _check(self, vocab_only: bool) -> None:
+    def _check(self, vocab_only: bool, is_window: bool) -> None:
         lib, kind = self._lib, self._lib.llama_vocab_type(self._vocab)
-        if kind == _NO_VOCABULARY:
+        if kind == _NO_VOCABULARY and not is_window:
             raise ModelUnsupported(f"{self.path} has no vocabulary; take a file that is a whole model")
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
         if kind == _SENTENCEPIECE:
@@ -134,6 +199,10 @@ class Model:
     @property
     def n_context_train(self) -> int:
         return self._lib.llama_model_n_ctx_train(self.pointer)
+
+    @property
+    def n_embd(self) -> int:
+        return self._lib.llama_model_n_embd(self.pointer)
 
     @property
     def n_bytes(self) -> int:

@@ -29,9 +29,10 @@ def write_model(
     n_layers: int = 2,
     values: dict[str, Any] | None = None,
     without: tuple[str, ...] = (),
+    extra: dict[str, tuple[int, ...]] | None = None,
 ) -> Path:
-    """Write a model of "llama", "qwen2" or "mamba". `values` replaces or adds metadata (None takes a key out), by
-    full key; `without` names tensors to leave out."""
+    """Write a model of "llama", "qwen2", "qwen3", "qwen3moe", "gemma3" or "mamba". `values` replaces or adds metadata
+    (None takes a key out), by full key; `without` names tensors to leave out, `extra` shapes of those to add."""
     writer = gguf.GGUFWriter(path, architecture)
     _add_vocabulary(writer)
     _add_shape(writer, architecture, n_layers)
@@ -44,7 +45,8 @@ def write_model(
                 kind = gguf.GGUFValueType.UINT32
             writer.add_key_value(key, value, kind)
     random = np.random.default_rng(seed)
-    for name, shape in _tensors(architecture, n_layers, 256 + len(MARKS) + len(MERGES)).items():
+    shapes = _tensors(architecture, n_layers, 256 + len(MARKS) + len(MERGES)) | (extra or {})
+    for name, shape in shapes.items():
         if name not in without:
             writer.add_tensor(name, _weights(random, name, shape))
     writer.write_header_to_file()
@@ -86,6 +88,16 @@ def _add_shape(writer: gguf.GGUFWriter, architecture: str, n_layers: int) -> Non
         writer.add_head_count(N_HEAD)
         writer.add_head_count_kv(N_HEAD_KV)
         writer.add_rope_dimension_count(N_EMBD // N_HEAD)
+    if architecture == "gemma3":
+        writer.add_sliding_window(24)
+        writer.add_rope_freq_base(1e6)
+    if architecture in ("gemma3", "qwen3", "qwen3moe"):
+        writer.add_key_length(N_EMBD // N_HEAD)
+        writer.add_value_length(N_EMBD // N_HEAD)
+    if architecture == "qwen3moe":
+        writer.add_expert_count(4)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(N_FF)
 
 
 def _tensors(architecture: str, n_layers: int, n_vocab: int) -> dict[str, tuple[int, ...]]:
@@ -117,6 +129,15 @@ def _tensors(architecture: str, n_layers: int, n_vocab: int) -> dict[str, tuple[
         }
     if architecture == "qwen2":
         layer |= {"attn_q.bias": (N_EMBD,), "attn_k.bias": (n_kv,), "attn_v.bias": (n_kv,)}
+    if architecture in ("gemma3", "qwen3", "qwen3moe"):
+        layer |= {"attn_q_norm.weight": (N_EMBD // N_HEAD,), "attn_k_norm.weight": (N_EMBD // N_HEAD,)}
+    if architecture == "gemma3":
+        layer |= {"post_attention_norm.weight": (N_EMBD,), "post_ffw_norm.weight": (N_EMBD,)}
+    if architecture == "qwen3moe":
+        dense = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
+        layer = {name: shape for name, shape in layer.items() if name not in dense}
+        layer |= {"ffn_gate_inp.weight": (4, N_EMBD), "ffn_down_exps.weight": (4, N_EMBD, N_FF)}
+        layer |= {"ffn_gate_exps.weight": (4, N_FF, N_EMBD), "ffn_up_exps.weight": (4, N_FF, N_EMBD)}
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (n_vocab, N_EMBD), "output_norm.weight": (N_EMBD,)}
     for i in range(n_layers):
         shapes |= {f"blk.{i}.{name}": shape for name, shape in {"attn_norm.weight": (N_EMBD,), **layer}.items()}
@@ -125,7 +146,10 @@ def _tensors(architecture: str, n_layers: int, n_vocab: int) -> dict[str, tuple[
 
 def _weights(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name.endswith("norm.weight"):
-        return np.ones(shape, np.float32)
+        # Not ones: a norm that is forgotten or taken for another must show.
+        return 1 + np.random.default_rng(len(name)).standard_normal(shape, np.float32) * np.float32(0.1)
+    if name.startswith("rope_"):
+        return np.linspace(1, 4, shape[0], dtype=np.float32)
     if name.endswith("ssm_a"):
         return -np.exp(random.standard_normal(shape, np.float32) * 0.1)
     return random.standard_normal(shape, np.float32) * np.float32(1.5 / np.sqrt(shape[-1]))

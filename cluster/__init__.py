@@ -1,0 +1,1 @@
+"""The home cluster: a ring of layer windows."""

@@ -1,0 +1,1 @@
+"""Knowledge of model files: their headers, tensors and schemes."""
