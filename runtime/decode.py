@@ -1,7 +1,8 @@
 """The decode loop, the only one in the project: from sequences to events.
 
-A step of the loop is: take waiting requests in, evaluate one batch of what each sequence has not yet evaluated, and
-for each sequence whose logits came back take the next token. A token passes its sequence's controls; what they ask for
+A step of the loop is: take waiting requests in, submit what each sequence has not yet evaluated (one batch on one
+machine, several on a ring, where each machine works on another), collect the oldest batch, and for each sequence whose
+logits came back take the next token. A token passes its sequence's controls; what they ask for
 (`Force`, `Rewrite`, `Probe`, `Stop`, `Note`) is carried out here and nowhere else. Continuous thinking would add one
 more action, `Blend`, that puts a mixture of token embeddings in the place of the next token's.
 
@@ -21,7 +22,7 @@ from .errors import ContextFull, PromptTooLong
 from .events import Event, Finished, Noted, Prefilled, Token
 from .phase import PhaseTracker
 from .sampler import entropy
-from .schedule import Request, Resident, Schedule
+from .schedule import Flight, Request, Resident, Schedule
 from .sequence import Origin, Phase, Sequence
 from .tokenizer import Tokenizer
 
@@ -45,6 +46,7 @@ def decode(
                 return
             yield from loop.step()
     finally:
+        engine.discard()
         loop.schedule.release()
 
 
@@ -55,6 +57,7 @@ class _Loop:
         self.requests: Iterator[Request] = requests
         self.n_parallel = n_parallel
         self.schedule = Schedule(engine)
+        self._flights: deque[Flight] = deque()
         self._evicted: deque[Resident] = deque()
         self._ended: list[tuple[Resident, str]] = []
 
@@ -99,25 +102,36 @@ class _Loop:
     # --- one step -----------------------------------------------------------------------------------------------
 
     def step(self) -> Iterator[Event]:
-        """Evaluate one batch and take the tokens that it gives."""
-        spans, rows = self.schedule.batch()
-        try:
-            logits = self.engine.decode(spans)
-        except ContextFull:
-            yield from self._make_room()
-            return
+        """Keep the engine supplied with batches, and take the tokens of the one that is done."""
+        while len(self._flights) < self.engine.n_in_flight and (flight := self.schedule.next_flight()):
+            try:
+                self.engine.submit(flight.spans)
+            except ContextFull:
+                if self._flights:  # what they hold may be given up only once they are back
+                    break
+                yield from self._make_room()
+                return
+            self._flights.append(flight)
+            for span, row in zip(flight.spans, flight.rows, strict=True):
+                row.sequence.n_evaluated += len(span.tokens)
+                row.flight = flight if span.n_logits else None
+        if self._flights:
+            yield from self._land(self._flights.popleft())
+
+    def _land(self, flight: Flight) -> Iterator[Event]:
+        logits = self.engine.collect()
         i_logits = 0
         chosen: list[tuple[Resident, int]] = []
-        for span, row in zip(spans, rows, strict=True):
-            sequence = row.sequence
-            sequence.n_evaluated += len(span.tokens)
+        for span, row in zip(flight.spans, flight.rows, strict=True):
             if span.n_logits:
-                chosen.append((row, self._sample(row, logits[i_logits])))
+                if row.flight is flight and row in self.schedule.rows:  # neither rewritten nor gone meanwhile
+                    chosen.append((row, self._sample(row, logits[i_logits])))
                 i_logits += 1
-            elif row.probe is None:
-                yield Prefilled(sequence, sequence.n_evaluated, len(sequence.tokens))
+            elif row.probe is None and row in self.schedule.rows:
+                yield Prefilled(row.sequence, span.position + len(span.tokens), len(row.sequence.tokens))
         # The rows are read before anything is yielded: a consumer that decodes elsewhere cannot spoil them.
         for row, token in chosen:
+            row.flight = None
             if row.probe is not None:
                 yield from self._accept_probe(row, token)
             elif not row.sequence.cancelled:
@@ -205,6 +219,7 @@ class _Loop:
 
     def _rewrite(self, row: Resident, action: Rewrite) -> Iterator[Event]:
         sequence, start = row.sequence, action.position
+        row.flight = None
         self._forget(sequence, start)
         removed = sequence.origins[start - sequence.n_prompt :]
         del sequence.tokens[start:], sequence.origins[start - sequence.n_prompt :]

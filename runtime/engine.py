@@ -8,6 +8,8 @@ without changing it:
   `Span` has ids; the loop's `Blend` action would make one, all else in the batch stays;
 - hidden states on request: a method beside `decode` that returns the `(n_rows, n_embd)` array of the batch just
   decoded, since the rows are in the same order as the logits;
+- batches under way: `submit` and `collect` are apart, so a ring of machines works on several batches at once; one
+  machine evaluates at `submit`;
 - a second model: a second `Engine` held by whoever runs both; no engine knows of another.
 """
 
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 Row = NDArray[np.float32]
 """Logits of one position, shape (n_vocab,)."""
 Logits = NDArray[np.float32]
-"""Logits of the rows asked for, shape (n_rows, n_vocab), valid until the engine's next decode."""
+"""Logits of the rows asked for, shape (n_rows, n_vocab), valid until the engine is used again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,21 @@ class Engine(Protocol):
     can_rewind: bool
     """False for recurrent models: they can only forget a whole sequence."""
 
-    def decode(self, batch: Batch) -> Logits:
-        """Evaluate the batch; return its wanted rows in the batch's order. Raises ContextFull, unchanged."""
+    @property
+    def n_in_flight(self) -> int:
+        """Batches that are worth submitting before the first is collected: 1 on one machine."""
+        ...
+
+    def submit(self, batch: Batch) -> None:
+        """Hand a batch over; memory operations that follow see it done. Raises ContextFull, nothing changed."""
+        ...
+
+    def collect(self) -> Logits:
+        """The wanted rows of the oldest batch that was submitted, in its order."""
+        ...
+
+    def discard(self) -> None:
+        """Forget the rows of all batches that were submitted and not collected."""
         ...
 
     def fork(self, source: int, target: int, n_tokens: int) -> None:

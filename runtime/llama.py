@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from .cache import Cache
@@ -112,6 +113,7 @@ class LlamaEngine:
         self.can_rewind = not model.is_recurrent
         self.n_vocab = model.n_vocab
         self._cache = _open_cache(model, options, self.n_context_train)
+        self._rows: Logits = np.empty((0, model.n_vocab), np.float32)
         self.n_sequences = options.n_sequences
         self.n_batch = self._cache.n_batch
         self.n_context = self._cache.n_context
@@ -128,6 +130,18 @@ class LlamaEngine:
         """Evaluate the batch; the rows are llama.cpp's own memory until the next decode. Raises ContextFull,
         DecodeFailed."""
         return self._cache.decode(batch)
+
+    n_in_flight = 1
+
+    def submit(self, batch: Batch) -> None:
+        """Evaluate the batch; its rows wait for `collect`."""
+        self._rows = self._cache.decode(batch)
+
+    def collect(self) -> Logits:
+        return self._rows
+
+    def discard(self) -> None:
+        """There is nothing that could come back later."""
 
     def fork(self, source: int, target: int, n_tokens: int) -> None:
         self._cache.copy(source, target, n_tokens)

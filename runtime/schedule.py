@@ -37,12 +37,22 @@ class Resident:
     leader: "Resident | None" = None
     """A row whose evaluated prompt this one will share as soon as it reaches `n_shared`."""
     n_shared: int = 0
+    flight: "Flight | None" = None
+    """The batch that brings this row's next logits."""
     adjusters: list[Control] = field(default_factory=list)
     observers: list[Control] = field(default_factory=list)
 
     @property
     def n_pending(self) -> int:
         return len(self.sequence.tokens) - self.sequence.n_evaluated
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A batch that was submitted, and whose spans are in it."""
+
+    spans: Batch
+    rows: list[Resident]
 
 
 class Schedule:
@@ -135,25 +145,34 @@ class Schedule:
             self.leave(row)
         self.drop_donor()
 
-    def batch(self) -> tuple[Batch, list[Resident]]:
-        """What fits of what is pending: decoding rows first, then prompts, in order of admission."""
+    def next_flight(self) -> Flight | None:
+        """What fits into a batch of what is pending: decoding rows first, then prompts, in order of admission.
+
+        Rows that wait for logits have nothing pending. Where several batches are under way at once, the decoding rows
+        are spread over them.
+        """
         room = self.engine.n_batch
-        spans: Batch = []
-        rows: list[Resident] = []
+        n_decoding = sum(row.n_pending <= 1 for row in self.rows)
+        n_share = -(-n_decoding // self.engine.n_in_flight)
+        flight = Flight([], [])
         for row in sorted(self.rows, key=lambda row: row.n_pending > 1) if len(self.rows) > 1 else self.rows:
-            if room == 0 or not self._join_leader(row):
+            if room == 0 or not row.n_pending or not self._join_leader(row):
                 continue
             sequence = row.sequence
             start = sequence.n_evaluated
+            if row.n_pending == 1:
+                if not n_share:
+                    continue
+                n_share -= 1
             end = min(len(sequence.tokens), start + room)
             for other in self.rows:  # stop where a follower wants to fork
                 if other.leader is row and start < other.n_shared < end:
                     end = other.n_shared
             is_complete = end == len(sequence.tokens)
-            spans.append(Span(sequence.slot, start, sequence.tokens[start:end], int(is_complete)))
-            rows.append(row)
+            flight.spans.append(Span(sequence.slot, start, sequence.tokens[start:end], int(is_complete)))
+            flight.rows.append(row)
             room -= end - start
-        return spans, rows
+        return flight if flight.rows else None
 
 
 def _common(one: list[int], other: list[int]) -> int:

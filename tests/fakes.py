@@ -1,5 +1,6 @@
 """An engine that follows a script and a tokenizer of bytes: whole decodes without weights, checked at each call."""
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,7 @@ class ScriptedEngine:
         n_sequences: int = 8,
         n_batch: int = 128,
         can_rewind: bool = True,
+        n_in_flight: int = 1,
     ) -> None:
         self.next_token = next_token
         self.n_vocab = n_vocab
@@ -69,6 +71,8 @@ class ScriptedEngine:
         self.n_sequences = n_sequences
         self.n_batch = n_batch
         self.can_rewind = can_rewind
+        self.n_in_flight = n_in_flight
+        self.results: deque[Logits] = deque()
         self.held: list[list[int]] = [[] for _ in range(n_sequences)]
         self.shared = [0] * n_sequences
         self.batches: list[Batch] = []
@@ -78,7 +82,17 @@ class ScriptedEngine:
     def n_used(self) -> int:
         return sum(len(tokens) - shared for tokens, shared in zip(self.held, self.shared, strict=True))
 
-    def decode(self, batch: Batch) -> Logits:
+    def submit(self, batch: Batch) -> None:
+        assert len(self.results) < self.n_in_flight
+        self.results.append(self._evaluate(batch))
+
+    def collect(self) -> Logits:
+        return self.results.popleft()
+
+    def discard(self) -> None:
+        self.results.clear()
+
+    def _evaluate(self, batch: Batch) -> Logits:
         assert batch, "an empty batch aborts llama.cpp"
         assert sum(len(span.tokens) for span in batch) <= self.n_batch
         assert len({span.sequence_id for span in batch}) == len(batch)
