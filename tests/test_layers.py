@@ -8,7 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ["runtime", "quant", "cluster", "tui", "cli"]
-MODULES = [path for folder in FOLDERS if (ROOT / folder).is_dir() for path in sorted((ROOT / folder).rglob("*.py"))]
+MODULES = [
+    path
+    for folder in FOLDERS
+    if (ROOT / folder).is_dir()
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "_pb2" not in path.name  # generated
+]
 
 
 def imports(path):

@@ -1,0 +1,70 @@
+"""Arrays and batches to wire messages and back; what comes in is checked before it is believed.
+
+Activations go as raw little-endian float32, so that a ring gives the bits of one machine. float16 halves the bytes and
+int8 (with a float32 scale a row) quarters them, both at a cost in exactness that `bench/ring.py` measures.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.engine import Span
+from .errors import ProtocolError
+from .wire import ring_pb2 as wire
+
+PROTOCOL = 1
+"""What `Open` and `Describe` carry; nodes of another number are not used."""
+LONGEST_MESSAGE = 32 << 20
+"""Bytes; a larger message ends its stream before it is read."""
+ROW_TYPES = {"f32": wire.F32, "f16": wire.F16, "i8": wire.I8}
+_DTYPES = {wire.F32: np.dtype("<f4"), wire.F16: np.dtype("<f2"), wire.I8: np.dtype("i1")}
+
+
+def pack_rows(rows: NDArray[np.float32], row_type: wire.RowType) -> wire.Rows:
+    """Rows of activations, shape (n_tokens, n_embd), as a message."""
+    if row_type == wire.I8:
+        scales = np.abs(rows).max(axis=1, keepdims=True).astype("<f4") / 127
+        data = np.rint(rows / np.where(scales == 0, 1, scales)).astype(np.int8)
+        return wire.Rows(type=wire.I8, data=data.tobytes(), scales=scales.tobytes())
+    return wire.Rows(type=row_type, data=rows.astype(_DTYPES[row_type], copy=False).tobytes())
+
+
+def unpack_rows(message: wire.Rows, n_tokens: int, n_embd: int) -> NDArray[np.float32]:
+    """The rows of a message, shape (n_tokens, n_embd). Raises ProtocolError."""
+    dtype = _DTYPES.get(message.type)
+    if dtype is None:
+        raise ProtocolError(f"activations of type {message.type} came; this version knows {', '.join(ROW_TYPES)}")
+    wanted = n_tokens * n_embd * dtype.itemsize
+    n_scales = 4 * n_tokens if message.type == wire.I8 else 0
+    if len(message.data) != wanted or len(message.scales) != n_scales:
+        raise ProtocolError(
+            f"activations of {len(message.data)} bytes came for {n_tokens} rows of {n_embd}; {wanted} were expected"
+        )
+    rows = np.frombuffer(message.data, dtype).reshape(n_tokens, n_embd)
+    if message.type == wire.F32:
+        return rows.astype(np.float32, copy=False)
+    if message.type == wire.F16:
+        return rows.astype(np.float32)
+    scales = np.frombuffer(message.scales, "<f4").reshape(n_tokens, 1)
+    return (rows * scales).astype(np.float32)
+
+
+def pack_spans(spans: list[Span]) -> list[wire.Span]:
+    """Where the rows belong; their tokens stay at home."""
+    return [wire.Span(sequence=span.sequence_id, position=span.position, n_tokens=len(span.tokens)) for span in spans]
+
+
+def unpack_spans(step: wire.Step, n_sequences: int, n_batch: int) -> list[Span]:
+    """The spans of a step with blanks in place of tokens. Raises ProtocolError."""
+    spans: list[Span] = []
+    n = 0
+    for span in step.spans:
+        n += span.n_tokens
+        if not 1 <= span.n_tokens <= n_batch or n > n_batch or span.sequence >= n_sequences:
+            raise ProtocolError(
+                f"a span of {span.n_tokens} rows of sequence {span.sequence} came; a batch holds {n_batch} rows of "
+                f"{n_sequences} sequences"
+            )
+        spans.append(Span(span.sequence, span.position, [0] * span.n_tokens))
+    if not spans:
+        raise ProtocolError("a step without rows came")
+    return spans

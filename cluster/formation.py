@@ -1,0 +1,219 @@
+"""One ring as it stands: who runs which window, held and connected. A lost node ends it; `ring.py` makes the next."""
+
+import asyncio
+import queue
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import grpc
+
+from ..quant.gguf import ModelFile
+from .codec import PROTOCOL
+from .errors import NodeLost, PlanImpossible
+from .member import Address, Dialer, Load, Member, reason
+from .store import Store, make_recipe
+from .window import LayerWindow, WindowOptions
+from .wire import ring_pb2 as wire
+
+HEAD = ""
+"""The name of this machine in a placement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Layers [first, end) on a machine; the place in a placement is the hop."""
+
+    member: str
+    first: int
+    end: int
+    n_gpu_layers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Windows in the order of hops, the last one the head's; `is_disk_used` where weights do not fit into memory."""
+
+    windows: tuple[Assignment, ...]
+    is_disk_used: bool = False
+
+    def check(self, file: ModelFile) -> None:
+        """Raises PlanImpossible for a placement that is no ring."""
+        bounds = [0, *(window.end for window in self.windows)]
+        is_whole = bounds[-1] == file.n_layers and all(
+            window.first == first < window.end for window, first in zip(self.windows, bounds, strict=False)
+        )
+        if not is_whole or self.windows[-1].member != HEAD:
+            raise PlanImpossible(
+                f"the windows {[(w.member or 'head', w.first, w.end) for w in self.windows]} do not cover "
+                f"{file.n_layers} layers in order with the head last; give other windows"
+            )
+        following: dict[str, str] = {}
+        for one, other in pairwise([*self.windows, self.windows[0]]):
+            if one.member != other.member and following.setdefault(one.member, other.member) != other.member:
+                raise PlanImpossible(
+                    f"{one.member or 'the head'} would pass on to two machines; keep the same order in every round"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A step came back to the head, or the head's own window is due."""
+
+    number: int
+    hop: int
+    rows: wire.Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A node is gone; the formation is over."""
+
+    member: str
+    reason: str
+
+
+class Formation:
+    """The windows of one placement. Methods named `async` run on the loop, the others on the head's thread.
+
+    `inbox` is where the head's thread finds what is due: `Returned`, or `Lost` once.
+    """
+
+    def __init__(self, file: ModelFile, placement: Placement, options: WindowOptions, row_type: wire.RowType) -> None:
+        placement.check(file)
+        self.file = file
+        self.placement = placement
+        self.options = options
+        self.inbox: queue.SimpleQueue[Returned | Lost] = queue.SimpleQueue()
+        self.windows: dict[int, LayerWindow] = {}
+        self.members: dict[str, Member] = {}
+        self.n_sent_bytes = 0
+        self._row_type = row_type
+        self._outgoing: asyncio.Queue[wire.Step] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_lost = False
+
+    @property
+    def n_hops(self) -> int:
+        return len(self.placement.windows)
+
+    def owner(self, hop: int) -> str:
+        return self.placement.windows[hop].member
+
+    def load_own(self, store: Store, n_threads: int) -> None:
+        """Open the head's windows. Raises ModelError, OutOfMemory, ClusterError."""
+        digests = store.digests(self.file)
+        for hop, place in enumerate(self.placement.windows):
+            if place.member != HEAD:
+                continue
+            is_last = hop == self.n_hops - 1
+            window = self.file.window(place.first, place.end, is_last)
+            recipe = make_recipe(self.file, window, digests)
+            building = store.build(recipe)
+            if building is not None:
+                try:
+                    while (missing := building.missing()) is not None:
+                        part, offset = window.parts[missing[0]], missing[1]
+                        for block in [part.data] if part.data else self.file.read(part):
+                            building.write(missing[0], offset, block)
+                            offset += len(block)
+                    building.finish()
+                finally:
+                    building.close()
+            opened = LayerWindow(store.path(recipe), self.options, n_threads, place.n_gpu_layers, is_last)
+            self.windows[hop] = opened
+            opened.warm()
+
+    async def open(self, addresses: dict[str, Address], dialer: Dialer, store: Store, name: str) -> None:
+        """Have every node load its windows and reach its neighbour. Raises NodeLost and what nodes failed with."""
+        digests = await asyncio.to_thread(store.digests, self.file)
+        order = [w.member for w in self.placement.windows if w.member != HEAD]
+        order = list(dict.fromkeys(order))
+        session = secrets.token_bytes(16)
+        self.members = {member: Member(addresses[member], dialer) for member in order}
+        opening = wire.Open(
+            protocol=PROTOCOL,
+            session=session,
+            head=name,
+            n_context=self.options.n_context,
+            n_sequences=self.options.n_sequences,
+            n_batch=self.options.n_batch,
+            cache_type=self.options.cache_type,
+            row_type=self._row_type,
+            is_disk_used=self.placement.is_disk_used,
+            neighbours=[a.certificate for a in map(addresses.__getitem__, order) if a.certificate],
+        )
+        holds = []
+        for member in order:
+            loads = [
+                Load(hop, window, make_recipe(self.file, window, digests), place.n_gpu_layers)
+                for hop, place in enumerate(self.placement.windows)
+                if place.member == member
+                for window in [self.file.window(place.first, place.end, False)]
+            ]
+            own = wire.Open()
+            own.CopyFrom(opening)
+            holds.append(self.members[member].hold(own, loads, self.file, self._losing(member)))
+        self.n_sent_bytes = sum(await _all(holds))
+        if not order:
+            return
+        neighbours = [*(addresses[member] for member in order[1:]), None]
+        # A node that passes on to the head in the middle of a round does so at its end too.
+        await _all([self.members[m].connect(following) for m, following in zip(order, neighbours, strict=True)])
+        self._tasks = [
+            asyncio.create_task(self._write(self.members[order[0]], session)),
+            asyncio.create_task(self._read(self.members[order[-1]], session)),
+        ]
+
+    def _losing(self, member: str) -> Callable[[str], None]:
+        def lose(reason: str) -> None:
+            if not self._is_lost:
+                self._is_lost = True
+                self.inbox.put(Lost(member, reason))
+
+        return lose
+
+    async def _write(self, first: Member, session: bytes) -> None:
+        call = first.flow(session, "in")
+        try:
+            while True:
+                await call.write(await self._outgoing.get())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            text = reason(error) if isinstance(error, grpc.aio.AioRpcError) else "closed its stream"
+            self._losing(first.name)(text)
+
+    async def _read(self, last: Member, session: bytes) -> None:
+        try:
+            async for step in last.flow(session, "out"):
+                self.inbox.put(Returned(step.number, step.hop, step.rows))
+            self._losing(last.name)("ended its stream")
+        except grpc.aio.AioRpcError as error:
+            self._losing(last.name)(reason(error))
+
+    def send(self, step: wire.Step) -> None:
+        """Pass a step on to the first node; on the loop."""
+        self._outgoing.put_nowait(step)
+
+    async def close(self) -> None:
+        """Leave the nodes idle and ready."""
+        self._is_lost = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(member.release() for member in self.members.values()), return_exceptions=True)
+
+    def free(self) -> None:
+        """Free the head's windows."""
+        for window in self.windows.values():
+            window.close()
+        self.windows.clear()
+
+
+async def _all(coroutines: list) -> list:
+    """All results; the first failure only after all have ended, a lost node before other errors."""
+    results = await asyncio.gather(*coroutines, return_exceptions=True)
+    failures = [result for result in results if isinstance(result, BaseException)]
+    if failures:
+        raise next((failure for failure in failures if isinstance(failure, NodeLost)), failures[0])
+    return results

@@ -1,0 +1,116 @@
+"""What the caches of a ring hold: known to the head alone, so that the ring can be rebuilt without a node.
+
+The head sends batches and memory operations ahead of their results. `front` is the state after all of them, `base` the
+state before the oldest one whose result has not come back; what lies between is `pending`. A new ring is brought to
+`base` by evaluating its tokens, then gets the pending entries again.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ..runtime.engine import Batch, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A memory operation: `n_tokens` of `source` stay, or are shared with `target`."""
+
+    source: int
+    n_tokens: int
+    target: int | None = None
+
+
+Entry = Batch | Memory
+
+
+class Holdings:
+    """Tokens of all sequences and the cells that they take; a shared prefix takes its cells once."""
+
+    def __init__(self, n_sequences: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(n_sequences)]
+        self._cells: list[list[int]] = [[] for _ in range(n_sequences)]
+        self._n_users: dict[int, int] = {}
+        self._next = 0
+
+    @property
+    def n_used(self) -> int:
+        """Cells that are taken."""
+        return len(self._n_users)
+
+    def apply(self, entry: Entry) -> None:
+        if not isinstance(entry, Memory):
+            for span in entry:
+                self.tokens[span.sequence_id] += span.tokens
+                new = range(self._next, self._next + len(span.tokens))
+                self._cells[span.sequence_id] += new
+                self._n_users |= dict.fromkeys(new, 1)
+                self._next += len(span.tokens)
+        elif entry.target is None:
+            for cell in self._cells[entry.source][entry.n_tokens :]:
+                self._n_users[cell] -= 1
+                if not self._n_users[cell]:
+                    del self._n_users[cell]
+            del self.tokens[entry.source][entry.n_tokens :], self._cells[entry.source][entry.n_tokens :]
+        else:
+            shared = self._cells[entry.source][: entry.n_tokens]
+            for cell in shared:
+                self._n_users[cell] += 1
+            self.tokens[entry.target] = self.tokens[entry.source][: entry.n_tokens]
+            self._cells[entry.target] = shared
+
+    def rebuild(self, n_batch: int) -> Iterator[Entry]:
+        """What brings empty caches to this state, shared prefixes evaluated once."""
+        done: list[int] = []
+        for sequence, tokens in enumerate(self.tokens):
+            if not tokens:
+                continue
+            best = max(done, key=lambda other: self._n_shared(other, sequence), default=None)
+            start = self._n_shared(best, sequence) if best is not None else 0
+            if best is not None and start:
+                yield Memory(best, start, sequence)
+            for first in range(start, len(tokens), n_batch):
+                yield [Span(sequence, first, tokens[first : first + n_batch], 0)]
+            done.append(sequence)
+
+    def _n_shared(self, one: int, other: int) -> int:
+        pairs = zip(self._cells[one], self._cells[other], strict=False)
+        return next(
+            (i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, (self._cells[one], self._cells[other])))
+        )
+
+
+@dataclass(slots=True)
+class Journal:
+    """The two states and what lies between them."""
+
+    n_sequences: int
+    front: Holdings = field(init=False)
+    base: Holdings = field(init=False)
+    pending: deque[Entry] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.front, self.base = Holdings(self.n_sequences), Holdings(self.n_sequences)
+
+    def add(self, entry: Entry) -> None:
+        """A batch is on its way, or a memory operation is due before the next one."""
+        self.front.apply(entry)
+        self.pending.append(entry)
+
+    def settle(self) -> None:
+        """The oldest batch has come back: it and what was due before it are part of the base."""
+        while self.pending:
+            entry = self.pending.popleft()
+            self.base.apply(entry)
+            if not isinstance(entry, Memory):
+                return
+
+    def absorb(self) -> None:
+        """Nothing is under way: all memory operations are part of the base."""
+        while self.pending:
+            self.base.apply(self.pending.popleft())
+
+    @property
+    def is_idle(self) -> bool:
+        """True where nothing is held and nothing on its way."""
+        return not self.pending and not any(self.base.tokens)

@@ -1,0 +1,247 @@
+"""A node as the head sees it: asked who it is, held for a session, fed with weights, watched."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from ..quant.gguf import ModelFile, Part, Window
+from .codec import PROTOCOL
+from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
+from .node import BEAT_SECONDS
+from .store import Recipe
+from .wire import ring_pb2 as wire
+from .wire import ring_pb2_grpc as service
+
+SILENCE_SECONDS = 2.5
+"""A node that sends no beat for so long is lost."""
+_CALL_SECONDS = 5.0
+_PROFILE_SECONDS = 60.0
+_LOAD_SECONDS = 600.0
+_CHUNK = 1 << 20
+
+
+class Dialer(Protocol):
+    """Opens channels to machines whose certificate is known."""
+
+    def channel(self, host: str, port: int, certificate: str) -> grpc.aio.Channel: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a paired node listens, and its certificate (PEM; empty in plain text)."""
+
+    name: str
+    host: str
+    port: int
+    certificate: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A window for a node: where in the order of hops it stands, what it is made of."""
+
+    hop: int
+    window: Window
+    recipe: Recipe
+    n_gpu_layers: int
+
+
+class Member:
+    """One node. All methods but the constructor run on the event loop."""
+
+    def __init__(self, address: Address, dialer: Dialer) -> None:
+        self.address = address
+        self._dialer = dialer
+        self._channel: grpc.aio.Channel | None = None
+        self._outgoing: asyncio.Queue[wire.ToNode | None] = asyncio.Queue(8)
+        self._incoming: asyncio.Queue[wire.FromNode] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._call: grpc.aio.StreamStreamCall[wire.ToNode, wire.FromNode] | None = None
+        self._heard = 0.0
+        self.n_sent_bytes = 0
+        self.busy_seconds = 0.0
+        self.lost: str = ""
+        """Why the node is no longer there."""
+
+    @property
+    def name(self) -> str:
+        return self.address.name
+
+    def _stub(self) -> service.RingStub:
+        if self._channel is None:
+            self._channel = self._dialer.channel(self.address.host, self.address.port, self.address.certificate)
+        return service.RingStub(self._channel)
+
+    async def describe(self, types: list[str] | None = None) -> wire.DescribeReply:
+        """Who the node is; its profile where weight types are given. Raises NodeLost, ProtocolError."""
+        request = wire.DescribeRequest(protocol=PROTOCOL, types=types or [])
+        try:
+            reply = await self._stub().Describe(request, timeout=_PROFILE_SECONDS if types else _CALL_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise NodeLost(f"{self.name} at {self.address.host}:{self.address.port} {reason(error)}") from error
+        if reply.protocol != PROTOCOL:
+            raise ProtocolError(
+                f"{self.name} speaks protocol {reply.protocol} and this machine {PROTOCOL}; update the older one"
+            )
+        return reply
+
+    async def measure_link(self) -> tuple[float, float]:
+        """Seconds of a short round trip and bytes per second of a long one. Raises NodeLost."""
+        try:
+            stub, times = self._stub(), []
+            for _ in range(6):
+                started = time.perf_counter()
+                await stub.Echo(wire.EchoRequest(data=b"0" * 64, n_reply=64), timeout=_CALL_SECONDS)
+                times.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            n = 1 << 20
+            await stub.Echo(wire.EchoRequest(data=bytes(n), n_reply=n), timeout=_CALL_SECONDS)
+            return min(times), 2 * n / max(1e-6, time.perf_counter() - started - min(times))
+        except grpc.aio.AioRpcError as error:
+            raise NodeLost(f"{self.name} {reason(error)}") from error
+
+    async def hold(self, opening: wire.Open, loads: list[Load], file: ModelFile, on_loss: Callable[[str], None]) -> int:
+        """Hold the node and have it load its windows; the bytes of weights that were sent.
+
+        Raises NodeBusy, NodeLost, ClusterError. `on_loss` is called once with a reason if the node is lost later.
+        """
+        call = self._call = self._stub().Hold(self._say())
+        self._heard = time.monotonic()
+        self._tasks = [
+            asyncio.create_task(self._listen(call, on_loss)),
+            asyncio.create_task(self._beat()),
+            asyncio.create_task(self._watch(on_loss)),
+        ]
+        del opening.windows[:]
+        for load in loads:
+            parts = [
+                wire.Part(sha256=piece.sha256, n_bytes=piece.n_bytes, source_offset=piece.source_offset)
+                for piece in load.recipe.pieces
+            ]
+            opening.windows.append(
+                wire.WindowFile(
+                    hop=load.hop,
+                    n_gpu_layers=load.n_gpu_layers,
+                    header=load.recipe.header,
+                    parts=parts,
+                    source_name=load.recipe.source_name,
+                    source_bytes=load.recipe.source_bytes,
+                )
+            )
+        await self._outgoing.put(wire.ToNode(open=opening))
+        while True:
+            message = await self._next(_LOAD_SECONDS)
+            if message.WhichOneof("message") == "loaded":
+                return self.n_sent_bytes
+            want = message.want
+            if message.WhichOneof("message") != "want" or want.window >= len(loads):
+                raise ProtocolError(f"{self.name} answered out of turn; update localreason there")
+            await self._send_part(want, loads[want.window].window.parts, file)
+
+    async def _send_part(self, want: wire.Want, parts: tuple[Part, ...], file: ModelFile) -> None:
+        if want.part >= len(parts) or want.offset >= parts[want.part].n_bytes:
+            raise ProtocolError(f"{self.name} asked for a part that is not there; update localreason there")
+        part, offset = parts[want.part], want.offset
+        blocks = iter([part.data[offset:]]) if part.data else file.read(part, offset)
+        while (block := await asyncio.to_thread(next, blocks, None)) is not None:
+            chunk = wire.Chunk(window=want.window, part=want.part, offset=offset, data=block)
+            await self._outgoing.put(wire.ToNode(chunk=chunk))
+            offset += len(block)
+            self.n_sent_bytes += len(block)
+            if self.lost:
+                raise NodeLost(f"{self.name} {self.lost}")
+
+    async def connect(self, following: Address | None) -> None:
+        """Have the node reach the next one, or wait for the head where there is none. Raises NodeLost."""
+        target = wire.Connect()
+        if following is not None:
+            target = wire.Connect(host=following.host, port=following.port, certificate=following.certificate)
+        await self._outgoing.put(wire.ToNode(connect=target))
+        message = await self._next(_CALL_SECONDS)
+        if message.WhichOneof("message") != "connected":
+            raise ProtocolError(f"{self.name} answered out of turn; update localreason there")
+
+    def flow(self, session: bytes, role: str) -> "grpc.aio.StreamStreamCall[wire.Step, wire.Step]":
+        """The stream of activations into the node ("in") or out of it ("out")."""
+        return self._stub().Flow(metadata=(("session-bin", session), ("role", role)))
+
+    async def _next(self, seconds: float) -> wire.FromNode:
+        """The node's next word besides beats. Raises what it failed with."""
+        try:
+            message = await asyncio.wait_for(self._incoming.get(), seconds)
+        except TimeoutError as error:
+            raise NodeLost(f"{self.name} did not answer for {seconds:.0f} s") from error
+        if message.WhichOneof("message") == "failure":
+            kind = NodeBusy if message.failure.is_busy else NodeLost if self.lost else ClusterError
+            raise kind(f"{self.name}: {message.failure.text[:1000]}")
+        return message
+
+    async def _say(self) -> AsyncIterator[wire.ToNode]:
+        while (message := await self._outgoing.get()) is not None:
+            yield message
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            if not self._outgoing.full():
+                self._outgoing.put_nowait(wire.ToNode(beat=wire.Beat()))
+
+    async def _listen(
+        self, call: "grpc.aio.StreamStreamCall[wire.ToNode, wire.FromNode]", on_loss: Callable[[str], None]
+    ) -> None:
+        try:
+            async for message in call:
+                self._heard = time.monotonic()
+                kind = message.WhichOneof("message")
+                if kind == "beat":
+                    self.busy_seconds = message.beat.busy_seconds
+                    continue
+                self._incoming.put_nowait(message)
+                if kind == "failure":
+                    self._lose(f"failed: {message.failure.text[:1000]}", on_loss, is_told=True)
+                    return
+            self._lose("ended the session", on_loss)
+        except grpc.aio.AioRpcError as error:
+            self._lose(reason(error), on_loss)
+
+    async def _watch(self, on_loss: Callable[[str], None]) -> None:
+        while (silent := time.monotonic() - self._heard) < SILENCE_SECONDS:
+            await asyncio.sleep(SILENCE_SECONDS - silent)
+        self._lose(f"sent no sign of life for {SILENCE_SECONDS} s", on_loss)
+
+    def _lose(self, why: str, on_loss: Callable[[str], None], is_told: bool = False) -> None:
+        if not self.lost:
+            self.lost = why
+            if not is_told:
+                self._incoming.put_nowait(wire.FromNode(failure=wire.Failure(text=why)))
+            on_loss(why)
+
+    async def release(self) -> None:
+        """End the session, if there is one, and leave the node idle."""
+        self.lost = self.lost or "released"
+        if self._call is not None:
+            self._call.cancel()
+        for task in self._tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+
+def reason(error: grpc.aio.AioRpcError) -> str:
+    """Why a call failed, for a person."""
+    code, details = error.code(), (error.details() or "").lower()
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "did not answer in time; see whether it is awake"
+    if code is grpc.StatusCode.UNAUTHENTICATED or "handshake" in details or "certificate" in details:
+        return "does not trust this machine; pair again with `localreason cluster pair`"
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return "cannot be reached or ended the connection; see whether `localreason node` runs there"
+    return f"failed: {error.details()}"

@@ -1,0 +1,328 @@
+"""The gRPC service of a node: describes itself, is held by one head at a time, passes activations on.
+
+Everything that arrives is untrusted: who calls is checked first (`Gate`), sizes and order after that. A head that is
+gone (stream ended, or silent for `_SILENCE_SECONDS`) leaves the node idle and ready.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import grpc
+
+from ..runtime.errors import LocalReasonError
+from ..runtime.native import CACHE_TYPES
+from .codec import LONGEST_MESSAGE, PROTOCOL
+from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
+from .session import Session, Terms
+from .store import Piece, Recipe, Store
+from .window import WindowOptions
+from .wire import ring_pb2 as wire
+from .wire import ring_pb2_grpc as service
+
+BEAT_SECONDS = 0.5
+_SILENCE_SECONDS = 10.0
+_STEP_SECONDS = 60.0
+"""Longest wait for the head's next word while a window is put together, and for the next node to be reached."""
+_MOST_ECHO = 4 << 20
+OPTIONS = [
+    ("grpc.max_receive_message_length", LONGEST_MESSAGE),
+    ("grpc.max_send_message_length", LONGEST_MESSAGE),
+]
+log = logging.getLogger("localreason.node")
+
+
+class Gate(Protocol):
+    """Who may speak to this node, and how it speaks to others."""
+
+    def caller(self, context: Any) -> str | None:
+        """The fingerprint of the certificate that a call came with if it is trusted or introduced, "" where the node
+        runs in plain text, None for anybody else."""
+        ...
+
+    def is_paired(self, fingerprint: str) -> bool:
+        """True for a head, False for one that was only introduced."""
+        ...
+
+    def introduce(self, certificates: list[str]) -> frozenset[str]:
+        """Trust these for Flow while a session lasts; their fingerprints."""
+        ...
+
+    def channel(self, host: str, port: int, certificate: str) -> grpc.aio.Channel:
+        """A channel to another machine whose certificate is known."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """How a node presents itself and what it gives."""
+
+    name: str
+    n_threads: int
+    profile: Callable[[list[str]], str] = lambda types: ""
+    """Types of weights to the JSON of a Device; may take seconds."""
+
+
+class Node(service.RingServicer):
+    """The servicer; `show` gets a line for the person who looks on."""
+
+    def __init__(self, options: NodeOptions, store: Store, gate: Gate, show: Callable[[str], None]) -> None:
+        self._options = options
+        self._store = store
+        self._gate = gate
+        self._show = show
+        self._session: Session | None = None
+        self._holder = ""
+        self._profiling = asyncio.Lock()
+
+    async def _admit(self, context: Any, is_head: bool = True) -> str:
+        """The caller's fingerprint; anybody else gets nothing."""
+        caller = self._gate.caller(context)
+        if caller is None or (is_head and not self._gate.is_paired(caller)):
+            log.warning("refused a call from %s: not paired", context.peer())
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "not paired")
+        return caller or ""
+
+    async def Describe(self, request: wire.DescribeRequest, context: Any) -> wire.DescribeReply:
+        await self._admit(context)
+        device = ""
+        if request.types:
+            async with self._profiling:  # two at once would measure each other
+                types = [name for name in request.types if len(name) < 16][:32]
+                device = await asyncio.to_thread(self._options.profile, types)
+        return wire.DescribeReply(
+            protocol=PROTOCOL,
+            name=self._options.name,
+            version=version("localreason"),
+            held_by=self._holder,
+            device=device,
+            unix_seconds=time.time(),
+        )
+
+    async def Echo(self, request: wire.EchoRequest, context: Any) -> wire.EchoReply:
+        await self._admit(context)
+        return wire.EchoReply(data=bytes(min(request.n_reply, _MOST_ECHO)))
+
+    async def Hold(self, request_iterator: AsyncIterator[wire.ToNode], context: Any) -> AsyncIterator[wire.FromNode]:
+        caller = await self._admit(context)
+        outgoing: asyncio.Queue[wire.FromNode | None] = asyncio.Queue(64)
+        holding = asyncio.create_task(self._hold(_Inlet(request_iterator), outgoing, caller))
+        beating = asyncio.create_task(self._beat(outgoing))
+        try:
+            while (message := await outgoing.get()) is not None:
+                yield message
+        finally:
+            beating.cancel()
+            holding.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await holding
+
+    async def _beat(self, outgoing: "asyncio.Queue[wire.FromNode | None]") -> None:
+        while True:
+            busy = self._session.busy_seconds if self._session else 0.0
+            if not outgoing.full():
+                outgoing.put_nowait(wire.FromNode(beat=wire.Beat(busy_seconds=busy)))
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def _hold(self, inlet: "_Inlet", outgoing: "asyncio.Queue[wire.FromNode | None]", caller: str) -> None:
+        """One session from `Open` to its end; every failure is told to the head."""
+        is_mine = False
+        try:
+            opening = await inlet.next("open")
+            if self._holder:
+                raise NodeBusy(f"{self._options.name} is busy with {self._holder}; try again when that is done")
+            self._holder, is_mine = opening.open.head[:64] or "a head", True
+            await self._serve(opening.open, inlet, outgoing, caller)
+        except LocalReasonError as error:
+            self._show(f"{self._options.name}: {error}")
+            log.warning("%s", error)
+            failure = wire.Failure(text=str(error), is_busy=isinstance(error, NodeBusy))
+            await outgoing.put(wire.FromNode(failure=failure))
+        finally:
+            if is_mine:
+                session, self._session = self._session, None
+                if session is not None:
+                    await asyncio.shield(asyncio.to_thread(session.close))
+                    self._show(f"free again; {session.busy_seconds:.1f} s computed for {self._holder}")
+                self._gate.introduce([])
+                self._holder = ""
+            with contextlib.suppress(asyncio.QueueFull):
+                outgoing.put_nowait(None)
+
+    async def _serve(
+        self, opening: wire.Open, inlet: "_Inlet", outgoing: "asyncio.Queue[wire.FromNode | None]", caller: str
+    ) -> None:
+        terms = self._terms(opening, caller)
+        windows, n_received = {}, 0
+        for i, message in enumerate(opening.windows):
+            path, n = await self._build(i, _recipe(message), inlet, outgoing)
+            windows[message.hop] = (path, message.n_gpu_layers)
+            n_received += n
+        if len(windows) != len(opening.windows):
+            raise ProtocolError("two windows of one hop came")
+        self._session = session = Session(terms, self._options.n_threads)
+        await asyncio.to_thread(session.load, windows)
+        self._show(f"serving {len(windows)} window(s) for {self._holder}; {n_received} bytes of weights were received")
+        await outgoing.put(wire.FromNode(loaded=wire.Loaded(n_received_bytes=n_received)))
+        connect = (await inlet.next("connect")).connect
+        async with contextlib.AsyncExitStack() as stack:
+            tasks = [asyncio.create_task(inlet.drain())]
+            if connect.host:
+                channel = await stack.enter_async_context(
+                    self._gate.channel(connect.host, connect.port, connect.certificate)
+                )
+                tasks.append(asyncio.create_task(_pump(session, channel)))
+            await outgoing.put(wire.FromNode(connected=wire.Connected()))
+            try:
+                done, _ = await asyncio.wait([session.failure, *tasks], return_when=asyncio.FIRST_COMPLETED)
+                if session.failure in done:
+                    raise session.failure.result()
+                for task in done:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    def _terms(self, opening: wire.Open, caller: str) -> Terms:
+        """The terms of a session, checked. Raises ProtocolError."""
+        if opening.protocol != PROTOCOL:
+            raise ProtocolError(f"{opening.protocol} is spoken by the head and {PROTOCOL} here; update the older one")
+        limits = (
+            ("session", len(opening.session), 16, 32),
+            ("windows", len(opening.windows), 1, 512),
+            ("n_context", opening.n_context, 16, 1 << 24),
+            ("n_sequences", opening.n_sequences, 1, 256),
+            ("n_batch", opening.n_batch, 1, 4096),
+            ("neighbours", len(opening.neighbours), 0, 64),
+        )
+        for name, value, low, high in limits:
+            if not low <= value <= high:
+                raise ProtocolError(f"{name} is {value}; {low} to {high} are possible")
+        if opening.cache_type not in CACHE_TYPES:
+            raise ProtocolError(f"cache type {opening.cache_type[:16]!r} is not known here; update the older one")
+        options = WindowOptions(opening.n_context, opening.n_sequences, opening.n_batch, opening.cache_type)
+        known = self._gate.introduce(list(opening.neighbours)) | {caller}
+        return Terms(opening.session, self._holder, options, opening.row_type, opening.is_disk_used, known)
+
+    async def _build(
+        self, index: int, recipe: Recipe, inlet: "_Inlet", outgoing: "asyncio.Queue[wire.FromNode | None]"
+    ) -> tuple[Any, int]:
+        """The window's file, its missing parts asked for; and the bytes that were received."""
+        building = await asyncio.to_thread(self._store.build, recipe)
+        if building is None:
+            return self._store.path(recipe), 0
+        n_received = 0
+        try:
+            while (missing := await asyncio.to_thread(building.missing)) is not None:
+                part, offset = missing
+                await outgoing.put(wire.FromNode(want=wire.Want(window=index, part=part, offset=offset)))
+                is_whole = False
+                while not is_whole:
+                    chunk = (await inlet.next("chunk")).chunk
+                    if chunk.window != index:
+                        raise ProtocolError(f"bytes of window {chunk.window} came while {index} was asked for")
+                    is_whole = await asyncio.to_thread(building.write, chunk.part, chunk.offset, chunk.data)
+                    n_received += len(chunk.data)
+            return await asyncio.to_thread(building.finish), n_received
+        finally:
+            building.close()
+
+    async def Flow(self, request_iterator: AsyncIterator[wire.Step], context: Any) -> AsyncIterator[wire.Step]:
+        caller = await self._admit(context, is_head=False)
+        session = self._session
+        words = dict(context.invocation_metadata() or ())
+        given = words.get("session-bin", b"")
+        is_allowed = session is not None and caller in session.terms.neighbours
+        if session is None or not is_allowed or not hmac.compare_digest(bytes(given), session.terms.id):
+            log.warning("refused a flow from %s: no such session", context.peer())
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such session")
+            return
+        if words.get("role") == "out":
+            while True:
+                yield await session.results.get()
+        try:
+            async for step in request_iterator:
+                session.take(step)
+        except ProtocolError as error:
+            log.warning("%s", error)
+            if not session.failure.done():
+                session.failure.set_result(error)
+
+
+class _Inlet:
+    """What the head says, each word awaited with a deadline."""
+
+    def __init__(self, messages: AsyncIterator[wire.ToNode]) -> None:
+        self._messages = messages
+
+    async def _read(self, seconds: float) -> wire.ToNode:
+        try:
+            return await asyncio.wait_for(anext(self._messages), seconds)
+        except TimeoutError as error:
+            raise NodeLost(f"the head said nothing for {seconds:.0f} s; the session is over") from error
+        except StopAsyncIteration as error:
+            raise NodeLost("the head ended the session") from error
+
+    async def next(self, kind: str) -> wire.ToNode:
+        """The next word besides beats, which must be of that kind. Raises ProtocolError, NodeLost."""
+        end = time.monotonic() + _STEP_SECONDS
+        while time.monotonic() < end:
+            message = await self._read(_SILENCE_SECONDS)
+            found = message.WhichOneof("message")
+            if found == kind:
+                return message
+            if found != "beat":
+                raise ProtocolError(f"{found} came where {kind} was awaited")
+        raise NodeLost(f"the head sent no {kind} for {_STEP_SECONDS:.0f} s; the session is over")
+
+    async def drain(self) -> None:
+        """Read until the head is gone or says something out of place."""
+        while True:
+            message = await self._read(_SILENCE_SECONDS)
+            if message.WhichOneof("message") != "beat":
+                raise ProtocolError(f"{message.WhichOneof('message')} came while the ring was running")
+
+
+async def _pump(session: Session, channel: grpc.aio.Channel) -> None:
+    """Send results to the next node for as long as it takes them."""
+    call = service.RingStub(channel).Flow(metadata=(("session-bin", session.terms.id), ("role", "in")))
+    try:
+        while True:
+            step = await session.results.get()
+            await asyncio.wait_for(call.write(step), _STEP_SECONDS)
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+        raise NodeLost(f"the next node of the ring takes nothing any more: {type(error).__name__}") from error
+    finally:
+        call.cancel()
+
+
+def _recipe(message: wire.WindowFile) -> Recipe:
+    pieces = tuple(Piece(part.sha256, part.n_bytes, part.source_offset) for part in message.parts)
+    name = message.source_name
+    if "/" in name or "\\" in name or name.startswith(".") or len(name) > 255:
+        raise ProtocolError(f"a model file named {name[:64]!r} came; names have no folders")
+    return Recipe(message.header, pieces, name, message.source_bytes)
+
+
+async def serve(
+    node: Node, add_port: Callable[[grpc.aio.Server], int], ready: Callable[[int], Awaitable[None]]
+) -> None:
+    """Serve until cancelled; `ready` is called with the port. Raises ClusterError where the port is taken."""
+    server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+    service.add_RingServicer_to_server(node, server)
+    try:
+        port = add_port(server)
+    except RuntimeError as error:
+        raise ClusterError(f"the port cannot be used: {error}; choose another by --port") from error
+    await server.start()
+    try:
+        await ready(port)
+        await server.wait_for_termination()
+    finally:
+        await server.stop(grace=1)

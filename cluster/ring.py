@@ -1,0 +1,368 @@
+"""`RingEngine`: a model on several machines as an `Engine`.
+
+The head embeds tokens, sends activations around and has the last window, so neither token ids nor logits leave it.
+`submit` sends a batch off and `collect` waits for the oldest one: with several on their way every node has work. A node
+that is lost is noticed by its silence, by its stream or by the wait; the windows are placed again without it, the
+tokens so far are evaluated in the new caches (`journal.py`), and what was on its way is sent again. Whoever decodes
+sees a pause and nothing else.
+"""
+
+import asyncio
+import contextlib
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from ..quant.gguf import ModelFile
+from ..runtime.engine import Batch, Logits
+from ..runtime.errors import ContextFull, DecodeFailed, StateError
+from .background import Background
+from .codec import ROW_TYPES, pack_rows, pack_spans, unpack_rows
+from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
+from .formation import HEAD, Formation, Lost, Placement, Returned
+from .journal import Entry, Journal, Memory
+from .member import Address, Dialer, Member
+from .session import apply
+from .store import Store
+from .window import WindowOptions
+from .wire import ring_pb2 as wire
+
+_FORM_SECONDS = 1200.0
+_STEP_SECONDS = 120.0
+"""A step that takes longer has met a node that hangs."""
+_RETRY_SECONDS = 5.0
+Placer = Callable[[list[str]], Placement]
+"""From the names of the nodes that are there to the windows. Raises PlanImpossible."""
+
+
+@dataclass(frozen=True, slots=True)
+class RingOptions:
+    """How the windows are opened. `n_batch` is the size of a micro-batch: prompts pass the ring in such pieces."""
+
+    n_context: int
+    n_sequences: int = 8
+    n_batch: int = 64
+    n_threads: int = 1
+    cache_type: str = "f16"
+    row_type: str = "f32"
+    name: str = "head"
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A batch on its way. One that is evaluated again for a new ring is in the journal's base already."""
+
+    batch: Batch
+    operations: list[wire.Operation]
+    is_replay: bool
+    is_wanted: bool
+
+
+@dataclass(slots=True)
+class Timing:
+    """What was measured: batches and seconds from the first submit to the last collect while some were under way."""
+
+    n_batches: int = 0
+    seconds: float = 0.0
+    recoveries: list[tuple[str, float]] = field(default_factory=list)
+    """Names of lost nodes and the seconds until the ring went on."""
+
+
+class RingEngine:
+    """An `Engine` over windows; a context manager. `tell` gets a sentence whenever the ring changes."""
+
+    can_rewind = True
+
+    def __init__(
+        self,
+        file: ModelFile,
+        addresses: list[Address],
+        dialer: Dialer,
+        store: Store,
+        place: Placer,
+        options: RingOptions,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Forms the ring. Raises PlanImpossible, NodeBusy, ClusterError, ModelError, OutOfMemory."""
+        file.check_cut()
+        self._file = file
+        self._addresses = {address.name: address for address in addresses}
+        self._absent: set[str] = set()
+        self._returned: set[str] = set()
+        self._dialer, self._store, self._place, self._tell = dialer, store, place, tell
+        self._options = options
+        self.n_vocab = file.n_vocab
+        self.n_context = -(-options.n_context // 256) * 256
+        self.n_context_sequence = min(self.n_context, file.n_context_train)
+        self.n_sequences = options.n_sequences
+        self.n_batch = options.n_batch
+        self.timing = Timing()
+        self._journal = Journal(options.n_sequences)
+        self._flights: dict[int, _Flight] = {}
+        self._due: list[wire.Operation] = []
+        self._number = 0
+        self._started = 0.0
+        self._formation: Formation | None = None
+        self._background = Background()
+        try:
+            self._form()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- the ring -----------------------------------------------------------------------------------------------
+
+    @property
+    def placement(self) -> Placement:
+        return self._ring.placement
+
+    @property
+    def _ring(self) -> Formation:
+        if self._formation is None:
+            raise ClusterError("the ring is closed; open the model again")
+        return self._formation
+
+    @property
+    def n_in_flight(self) -> int:
+        """Batches under way that keep every node busy: two for each machine, one computed and one travelling."""
+        return 2 * len({window.member for window in self.placement.windows})
+
+    @property
+    def n_sent_bytes(self) -> int:
+        """Bytes of weights that this formation's nodes had to be sent."""
+        return self._ring.n_sent_bytes
+
+    def _form(self) -> None:
+        """Place the windows on the nodes that are there and open them, again without those that are lost meanwhile."""
+        while True:
+            names = [name for name in self._addresses if name not in self._absent]
+            placement = self._place(names)
+            options = self._options
+            window_options = WindowOptions(self.n_context, self.n_sequences, self.n_batch, options.cache_type)
+            formation = Formation(self._file, placement, window_options, ROW_TYPES[options.row_type])
+            self._formation = formation
+            try:
+                opening = formation.open(self._addresses, self._dialer, self._store, options.name)
+                self._background.run(opening, _FORM_SECONDS)
+                formation.load_own(self._store, options.n_threads)
+                break
+            except NodeLost as error:
+                self._end_formation()
+                lost = next((m.name for m in formation.members.values() if m.lost not in ("", "released")), None)
+                if lost is None:
+                    raise
+                self._drop(lost, str(error))
+            except NodeBusy:
+                self._end_formation()
+                raise
+        shares = ", ".join(f"{w.member or options.name} {w.first}-{w.end - 1}" for w in placement.windows)
+        self._tell(f"layers: {shares}")
+
+    def _end_formation(self) -> None:
+        formation, self._formation = self._formation, None
+        if formation is not None:
+            # What a lost node does not answer must not keep the others.
+            with contextlib.suppress(ClusterError):
+                self._background.run(formation.close(), 10)
+            formation.free()
+
+    def _drop(self, name: str, why: str) -> None:
+        self._tell(f"{name} is lost: {why}")
+        if not self._absent:
+            self._background.start(self._await_return())
+        self._absent.add(name)
+
+    async def _await_return(self) -> None:
+        """Look after lost nodes; one that answers again is used as soon as nothing is held."""
+        while self._absent:
+            await asyncio.sleep(_RETRY_SECONDS)
+            for name in list(self._absent - self._returned):
+                member = Member(self._addresses[name], self._dialer)
+                with contextlib.suppress(ClusterError):
+                    if not (await member.describe()).held_by:
+                        self._returned.add(name)
+                await member.release()
+
+    def _recover(self, lost: Lost) -> None:
+        """Go on without a node: place, open, evaluate what was held, send again what was under way."""
+        started = time.perf_counter()
+        self._end_formation()
+        self._drop(lost.member, lost.reason)
+        self._form()
+        flights, self._flights = self._flights, {}
+        self._due = []
+        self._number = 0
+        n_held = sum(map(len, self._journal.base.tokens))
+        for entry in self._journal.base.rebuild(self.n_batch):
+            self._issue(entry, is_replay=True)
+        n_unwanted = sum(not flight.is_wanted and not flight.is_replay for flight in flights.values())
+        for entry in list(self._journal.pending):
+            self._issue(entry)
+        for flight in [flight for flight in self._flights.values() if not flight.is_replay][:n_unwanted]:
+            flight.is_wanted = False
+        self.timing.recoveries.append((lost.member, time.perf_counter() - started))
+        self._tell(f"going on without {lost.member}; {n_held} tokens are evaluated again")
+
+    # --- the engine ---------------------------------------------------------------------------------------------
+
+    def submit(self, batch: Batch) -> None:
+        """Send a batch off. Raises ContextFull, DecodeFailed; then nothing was changed."""
+        if self._returned and self._journal.is_idle:
+            self._tell(f"back again: {', '.join(sorted(self._returned))}")
+            self._absent -= self._returned
+            self._returned.clear()
+            self._end_formation()
+            self._form()
+            self._number, self._due = 0, []
+        self._check(batch)
+        n = sum(len(span.tokens) for span in batch)
+        if self._journal.front.n_used + n > self.n_context:
+            raise ContextFull(
+                f"no room for {n} more tokens in a cache of {self.n_context}; drop a sequence or give a larger context"
+            )
+        if not self._flights:
+            self._started = time.perf_counter()
+        self._journal.add(batch)
+        self._issue(batch)
+
+    def collect(self) -> Logits:
+        """The wanted rows of the oldest batch, shape (n_rows, n_vocab), valid until the next call."""
+        while True:
+            rows = self._advance()
+            if rows is not None:
+                self.timing.n_batches += 1
+                if not self._flights:
+                    self._journal.absorb()
+                    self.timing.seconds += time.perf_counter() - self._started
+                return rows
+
+    def discard(self) -> None:
+        """Forget the rows that are under way; they still pass through, for the caches' sake."""
+        for flight in self._flights.values():
+            flight.is_wanted = False
+
+    def decode(self, batch: Batch) -> Logits:
+        """Submit and collect at once."""
+        self.submit(batch)
+        return self.collect()
+
+    def _advance(self) -> Logits | None:
+        """Take what is due: a step that came back, or the loss of a node. The logits if a wanted batch is done."""
+        ring = self._ring
+        try:
+            item = ring.inbox.get(timeout=_STEP_SECONDS)
+        except queue.Empty:
+            slowest = min(ring.members.values(), key=lambda member: member.busy_seconds, default=None)
+            if slowest is None:
+                raise DecodeFailed("nothing is under way; submit a batch first") from None
+            item = Lost(slowest.name, f"let a step wait for {_STEP_SECONDS:.0f} s")
+        try:
+            return self._compute(item) if isinstance(item, Returned) else self._recover(item)
+        except ProtocolError as error:
+            last = next(w.member for w in reversed(ring.placement.windows) if w.member != HEAD)
+            return self._recover(Lost(last, str(error)))
+        except NodeLost as error:
+            raise ClusterError(f"{error}; the answer cannot go on") from error
+
+    def _compute(self, item: Returned) -> Logits | None:
+        """Run a window of the head's."""
+        ring, flight = self._ring, self._flights.get(item.number)
+        window = ring.windows.get(item.hop)
+        if flight is None or window is None:
+            raise ProtocolError(f"step {item.number} came back at window {item.hop}, where none was awaited")
+        n_tokens = sum(len(span.tokens) for span in flight.batch)
+        rows = unpack_rows(item.rows, n_tokens, self._file.n_embd)
+        apply(window, flight.operations)
+        out = window.run(flight.batch, rows)
+        if not window.is_last:
+            self._pass_on(item.number, item.hop + 1, pack_rows(out, ROW_TYPES[self._options.row_type]))
+            return None
+        del self._flights[item.number]
+        if not flight.is_replay:
+            self._journal.settle()
+        return out if flight.is_wanted else None
+
+    def _issue(self, entry: Entry, is_replay: bool = False) -> None:
+        if isinstance(entry, Memory):
+            self._due.append(wire.Operation(source=entry.source, n_tokens=entry.n_tokens, target=entry.target))
+            return
+        number, self._number = self._number, self._number + 1
+        self._flights[number] = _Flight(entry, self._due, is_replay, not is_replay)
+        self._due = []
+        rows = self._file.embed([token for span in entry for token in span.tokens])
+        self._pass_on(number, 0, pack_rows(rows, ROW_TYPES[self._options.row_type]))
+
+    def _pass_on(self, number: int, hop: int, rows: wire.Rows) -> None:
+        ring, flight = self._ring, self._flights[number]
+        if ring.owner(hop) == HEAD:
+            ring.inbox.put(Returned(number, hop, rows))
+            return
+        spans = pack_spans(flight.batch)
+        step = wire.Step(number=number, hop=hop, operations=flight.operations, spans=spans, rows=rows)
+        self._background.call(ring.send, step)
+
+    def _check(self, batch: Batch) -> None:
+        n = sum(len(span.tokens) for span in batch)
+        if not 1 <= n <= self.n_batch or len({span.sequence_id for span in batch}) < len(batch):
+            raise DecodeFailed(
+                f"a batch of {n} tokens was to be decoded; it holds 1 to {self.n_batch}, a span a sequence"
+            )
+        for span in batch:
+            held = self._held(span.sequence_id)
+            if span.position != held or not 0 <= span.n_logits <= len(span.tokens) or not span.tokens:
+                raise DecodeFailed(
+                    f"{len(span.tokens)} tokens at {span.position} do not continue the {held} of sequence "
+                    f"{span.sequence_id}"
+                )
+            if not 0 <= min(span.tokens) <= max(span.tokens) < self.n_vocab:
+                raise DecodeFailed(
+                    f"token ids up to {max(span.tokens)} are not within the vocabulary of {self.n_vocab}"
+                )
+
+    def _held(self, sequence_id: int) -> int:
+        if not 0 <= sequence_id < self.n_sequences:
+            raise DecodeFailed(f"there is no sequence {sequence_id}; the cache has 0 to {self.n_sequences - 1}")
+        return len(self._journal.front.tokens[sequence_id])
+
+    def fork(self, source: int, target: int, n_tokens: int) -> None:
+        """Let an empty sequence share the first tokens of another, in every window before the next batch."""
+        held, taken = self._held(source), self._held(target)
+        if source == target or taken or not 0 <= n_tokens <= held:
+            raise DecodeFailed(f"sequence {target} of {taken} tokens cannot share {n_tokens} of {held} of {source}")
+        if n_tokens:
+            self._remember(Memory(source, n_tokens, target))
+
+    def rewind(self, sequence_id: int, n_tokens: int) -> None:
+        """Forget all but the first tokens of a sequence, in every window before the next batch."""
+        held = self._held(sequence_id)
+        if not 0 <= n_tokens <= held:
+            raise DecodeFailed(f"sequence {sequence_id} holds {held} tokens and cannot keep {n_tokens}")
+        if n_tokens < held:
+            self._remember(Memory(sequence_id, n_tokens))
+
+    def _remember(self, operation: Memory) -> None:
+        self._journal.add(operation)
+        self._issue(operation)
+        if not self._flights:  # nothing has to come back first
+            self._journal.absorb()
+
+    def save(self, sequence_id: int, tokens: list[int], path: Path) -> NoReturn:
+        raise StateError(f"{path}: the cache of a ring lies on several machines and is not saved; use one machine")
+
+    def restore(self, sequence_id: int, path: Path) -> NoReturn:
+        raise StateError(f"{path}: the cache of a ring lies on several machines and is not restored; use one machine")
+
+    def close(self) -> None:
+        """Leave the nodes idle and free everything; closing twice does nothing."""
+        self._absent.clear()
+        self._end_formation()
+        self._background.close()
+
+    def __enter__(self) -> "RingEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,321 @@
+"""The window files of a machine: put together once from parts that are known by their SHA-256, kept up to a size.
+
+A window file is named after the digest of its recipe (header and digests of the parts), so a second start finds it
+whole. A new window takes the parts that lie in other windows here, or in the same model file, and only the rest has to
+be sent. A file that was not finished goes on where it stopped.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..quant.gguf import ModelFile, Window, padded
+from ..runtime.errors import ModelError
+from ..runtime.header import check_header, read_header
+from .errors import ClusterError, ProtocolError
+
+_BLOCK = 1 << 20
+_MOST_PARTS = 1 << 16
+_LONGEST_HEADER = 16 << 20
+_LOCK_SECONDS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor's bytes within a window: digest, size, and where they lie in the model file that was cut."""
+
+    sha256: bytes
+    n_bytes: int
+    source_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a window file is made of."""
+
+    header: bytes
+    pieces: tuple[Piece, ...]
+    source_name: str = ""
+    source_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ProtocolError for sizes that no model has."""
+        if len(self.header) > _LONGEST_HEADER or len(self.header) % 32 or len(self.pieces) > _MOST_PARTS:
+            raise ProtocolError(f"a window of {len(self.header)} bytes of header and {len(self.pieces)} parts came")
+        if any(len(piece.sha256) != 32 or not 0 < piece.n_bytes < 1 << 40 for piece in self.pieces):
+            raise ProtocolError("a part of a window without a digest or a size came")
+
+    @property
+    def name(self) -> str:
+        digest = hashlib.sha256(self.header)
+        for piece in self.pieces:
+            digest.update(piece.sha256 + piece.n_bytes.to_bytes(8, "little"))
+        return digest.hexdigest()
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.header) + sum(padded(piece.n_bytes) for piece in self.pieces)
+
+    def offsets(self) -> list[int]:
+        """Where each part begins in the window file."""
+        offsets, offset = [], len(self.header)
+        for piece in self.pieces:
+            offsets.append(offset)
+            offset += padded(piece.n_bytes)
+        return offsets
+
+
+def make_recipe(file: ModelFile, window: Window, digests: dict[int, bytes]) -> Recipe:
+    """The recipe to send. `digests` are those of `Store.digests`, by offset in the model file."""
+    pieces = []
+    for part in window.parts:
+        if part.source_offset is None:
+            pieces.append(Piece(hashlib.sha256(part.data).digest(), part.n_bytes, 0))
+        else:
+            pieces.append(Piece(digests[part.source_offset], part.n_bytes, part.source_offset))
+    return Recipe(window.header, tuple(pieces), file.path.name, file.header.n_bytes)
+
+
+class Store:
+    """A folder of window files, at most `limit_bytes` of them, and folders of models to take parts from."""
+
+    def __init__(self, folder: Path, limit_bytes: int, models: Iterable[Path] = ()) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._models = list(models)
+        self._used: set[str] = set()
+
+    def path(self, recipe: Recipe) -> Path:
+        return self.folder / f"{recipe.name}.gguf"
+
+    def digests(self, file: ModelFile) -> dict[int, bytes]:
+        """The SHA-256 of each tensor by offset; read once from the file, then kept beside the windows."""
+        stat = file.path.stat()
+        key = hashlib.sha256(f"{file.path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+        kept = self.folder / f"{key}.digests.json"
+        try:
+            return {int(offset): bytes.fromhex(digest) for offset, digest in json.loads(kept.read_text()).items()}
+        except (OSError, ValueError, AttributeError):
+            pass
+        found = {}
+        for tensor in file.tensors.values():
+            sha = hashlib.sha256()
+            for block in _blocks(file.path, tensor.offset, tensor.n_bytes):
+                sha.update(block)
+            found[tensor.offset] = sha.digest()
+        self._make_folder()
+        _replace(kept, json.dumps({offset: digest.hex() for offset, digest in found.items()}))
+        return found
+
+    def build(self, recipe: Recipe) -> "Building | None":
+        """None where the window is here already; else its unfinished file. Raises ClusterError without space."""
+        self._used.add(recipe.name)
+        path = self.path(recipe)
+        if path.exists() and path.stat().st_size == recipe.n_bytes:
+            os.utime(path)
+            return None
+        self._make_folder()
+        self._make_room(recipe.n_bytes)
+        return Building(self, recipe)
+
+    def find(self, recipe: Recipe, piece: Piece) -> tuple[Path, int] | None:
+        """Where else on this machine a part's bytes lie: a file and an offset; their digest is to be checked."""
+        for model in self._models:
+            path = model / recipe.source_name if model.is_dir() else model
+            # A part of its own has no place in the model file.
+            is_same = piece.source_offset and recipe.source_name == path.name and path.is_file()
+            if is_same and path.stat().st_size == recipe.source_bytes:
+                return path, piece.source_offset
+        return self._index().get(piece.sha256.hex())
+
+    def _index(self) -> dict[str, tuple[Path, int]]:
+        found = {}
+        for note in self.folder.glob("*.parts.json"):
+            path = note.with_name(note.name.removesuffix(".parts.json") + ".gguf")
+            try:
+                if path.exists():
+                    found |= {digest: (path, int(offset)) for digest, offset in json.loads(note.read_text()).items()}
+            except (OSError, ValueError, AttributeError):
+                continue
+        return found
+
+    def entries(self) -> list[tuple[Path, int, float]]:
+        """Window files with bytes and the time of last use, the latest first."""
+        files = [path for path in self.folder.glob("*.gguf*") if path.suffix in (".gguf", ".part")]
+        stats = [(path, path.stat()) for path in files]
+        return sorted(((path, stat.st_size, stat.st_mtime) for path, stat in stats), key=lambda entry: -entry[2])
+
+    def clear(self) -> int:
+        """Delete every window file; the bytes that became free."""
+        return sum(self._delete(path) for path, _, _ in self.entries())
+
+    def _delete(self, path: Path) -> int:
+        n_bytes = path.stat().st_size
+        path.unlink(missing_ok=True)
+        if path.suffix == ".gguf":
+            path.with_name(path.stem + ".parts.json").unlink(missing_ok=True)
+        return n_bytes
+
+    def _make_room(self, n_bytes: int) -> None:
+        """Delete what was used longest ago. Raises ClusterError where that is not enough."""
+        if n_bytes > self.limit_bytes:
+            raise ClusterError(
+                f"a window of {n_bytes} bytes is larger than the cache's limit of {self.limit_bytes}; raise the limit"
+            )
+        entries = self.entries()
+        held = sum(size for _, size, _ in entries)
+        for path, size, _ in reversed(entries):
+            if held + n_bytes <= self.limit_bytes:
+                break
+            if path.name.split(".")[0] not in self._used:
+                held -= self._delete(path) and size
+        free = shutil.disk_usage(self.folder).free
+        if free < n_bytes:
+            raise ClusterError(f"a window takes {n_bytes} bytes and {free} are free at {self.folder}; free some space")
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ClusterError(
+                f"{self.folder} cannot be made: {error.strerror}; choose another cache folder"
+            ) from error
+
+
+class Building:
+    """A window file that is being put together. `missing` says what has to be sent, `write` takes it."""
+
+    def __init__(self, store: Store, recipe: Recipe) -> None:
+        self._store = store
+        self.recipe = recipe
+        self._offsets = recipe.offsets()
+        self._path = store.path(recipe).with_suffix(".gguf.part")
+        self._lock = FileLock(store.folder / f"{recipe.name}.lock", timeout=_LOCK_SECONDS, thread_local=False)
+        self._digest = hashlib.sha256()
+        self._n_written = 0
+        self._n_done = 0
+        """Parts that are whole, from the first on."""
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise ClusterError(
+                f"another process has been writing {self._path} for {_LOCK_SECONDS} s; end it and try again"
+            ) from error
+        self._resume()
+
+    def _resume(self) -> None:
+        """Take over the parts that an earlier attempt finished; their digests are checked again."""
+        is_new = not self._path.exists()
+        self._file = self._path.open("w+b" if is_new else "r+b")
+        self._file.write(self.recipe.header)
+        size = self._path.stat().st_size
+        for piece, offset in zip(self.recipe.pieces, self._offsets, strict=True):
+            if is_new or offset + piece.n_bytes > size or _digest(self._path, offset, piece.n_bytes) != piece.sha256:
+                break
+            self._n_done += 1
+
+    def missing(self) -> tuple[int, int] | None:
+        """The next part that is nowhere on this machine, and from which byte on; None when all are here."""
+        while self._n_done < len(self.recipe.pieces):
+            if not self._copy(self._n_done):
+                self._digest = hashlib.sha256()
+                self._n_written = 0
+                return self._n_done, 0
+            self._n_done += 1
+        return None
+
+    def _copy(self, index: int) -> bool:
+        piece = self.recipe.pieces[index]
+        found = self._store.find(self.recipe, piece)
+        if found is None:
+            return False
+        self._file.seek(self._offsets[index])
+        digest = hashlib.sha256()
+        try:
+            for block in _blocks(*found, piece.n_bytes):
+                digest.update(block)
+                self._write(block)
+        except ModelError:
+            return False
+        return digest.digest() == piece.sha256
+
+    def write(self, index: int, offset: int, data: bytes) -> bool:
+        """Take the bytes that come next of the part that `missing` named; True when it is whole.
+
+        Raises ProtocolError for other bytes, ClusterError where they cannot be written."""
+        piece = self.recipe.pieces[self._n_done]
+        if index != self._n_done or offset != self._n_written or not 0 < len(data) <= piece.n_bytes - offset:
+            raise ProtocolError(
+                f"bytes {offset} of part {index} came; {self._n_written} of {self._n_done} were awaited"
+            )
+        self._file.seek(self._offsets[index] + offset)
+        self._write(data)
+        self._digest.update(data)
+        self._n_written += len(data)
+        if self._n_written < piece.n_bytes:
+            return False
+        if self._digest.digest() != piece.sha256:
+            raise ProtocolError(f"part {index} of the window is not what its SHA-256 says; check the model on the head")
+        self._n_done += 1
+        return True
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise ClusterError(f"{self._path} cannot be written: {error.strerror}; free some space") from error
+
+    def finish(self) -> Path:
+        """Put the whole file in its place. Raises ModelBroken for a header that llama.cpp would fall over."""
+        self._file.truncate(self.recipe.n_bytes)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+        check_header(read_header(self._path), self._path)
+        path = self._store.path(self.recipe)
+        places = {p.sha256.hex(): offset for p, offset in zip(self.recipe.pieces, self._offsets, strict=True)}
+        _replace(path.with_name(path.stem + ".parts.json"), json.dumps(places))
+        self._path.replace(path)
+        return path
+
+    def close(self) -> None:
+        """Leave the file as it is, to go on with another time."""
+        self._file.close()
+        self._lock.release()
+
+
+def _blocks(path: Path, offset: int, n_bytes: int) -> Iterable[bytes]:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while n_bytes:
+                block = file.read(min(n_bytes, _BLOCK))
+                if not block:
+                    raise ModelError(f"{path} became shorter while it was read; get it again")
+                n_bytes -= len(block)
+                yield block
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _digest(path: Path, offset: int, n_bytes: int) -> bytes:
+    sha = hashlib.sha256()
+    for block in _blocks(path, offset, n_bytes):
+        sha.update(block)
+    return sha.digest()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text)
+        scratch.replace(path)
+    except OSError as error:
+        raise ClusterError(f"{path} cannot be written: {error.strerror}; free some space") from error

@@ -1,0 +1,1 @@
+"""The generated code of `ring.proto`; never edited by hand."""
