@@ -86,3 +86,7 @@ class Engine(Protocol):
     def restore(self, sequence_id: int, path: Path) -> list[int]:
         """Read a file written by `save` into an empty sequence; return its tokens."""
         ...
+
+    def close(self) -> None:
+        """Free everything; closing twice does nothing."""
+        ...

@@ -106,9 +106,7 @@ class LlamaEngine:
     def __init__(self, model: Model, options: EngineOptions) -> None:
         self._model = model
         self.path = model.path
-        self.metadata = model.metadata()
-        self.architecture = self.metadata.get("general.architecture", "")
-        self.chat_template = model.chat_template
+        self.architecture = str(model.header.get("general.architecture", ""))
         self.n_context_train = model.n_context_train or _N_CONTEXT_UNKNOWN
         self.can_rewind = not model.is_recurrent
         self.n_vocab = model.n_vocab
@@ -219,7 +217,7 @@ def _complete(options: EngineOptions) -> EngineOptions:
         options,
         n_gpu_layers=n_gpu_layers,
         n_batch=max(n_batch, options.n_sequences),
-        n_threads=options.n_threads or _physical_cores(),
+        n_threads=options.n_threads or physical_cores(),
     )
 
 
@@ -248,7 +246,7 @@ def _open_cache(model: Model, options: EngineOptions, n_context_train: int) -> C
     return cache
 
 
-def _physical_cores() -> int:
+def physical_cores() -> int:
     """Physical cores that this process may use."""
     process = psutil.Process()
     n_all = psutil.cpu_count() or 1

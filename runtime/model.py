@@ -20,7 +20,7 @@ from .engine import Engine, Row
 from .errors import ControlError, LocalReasonError, PromptError, PromptTooLong
 from .events import Event, Finished
 from .formats import ThinkingFormat
-from .llama import EngineOptions, LlamaEngine, LlamaTokenizer, load
+from .llama import EngineOptions, LlamaTokenizer, load
 from .phase import PhaseTracker
 from .prompt import Prompter
 from .sampler import Sampling, choose
@@ -136,19 +136,20 @@ class _Task:
 
 
 class Model:
-    """A model file opened for questions; a context manager. Made by `Model.open`.
+    """A model file opened for questions; a context manager. Made by `Model.open`, or of any engine for the file, such
+    as a ring; both are closed with it.
 
     with Model.open("model.gguf") as model:
         for event in model.ask("What is 7 * 6?"):
             ...
     """
 
-    def __init__(self, path: Path, engine: LlamaEngine, tokenizer: LlamaTokenizer) -> None:
+    def __init__(self, path: Path, engine: Engine, tokenizer: LlamaTokenizer) -> None:
         self.path = path
         self.name = path.stem
         self.engine = engine
         self.tokenizer = tokenizer
-        self._prompter = Prompter(engine, tokenizer)
+        self._prompter = Prompter(tokenizer, tokenizer)
         self._memo: dict[object, Any] = {}
 
     @classmethod
@@ -164,6 +165,7 @@ class Model:
 
     def close(self) -> None:
         self.engine.close()
+        self.tokenizer.close()
 
     def __enter__(self) -> "Model":
         return self
@@ -228,7 +230,7 @@ class Model:
             )
 
     def _requests(self, question: Question, recipe: Recipe, tasks: dict[str, _Task]) -> Iterator[Request]:
-        engine: Engine = self.engine
+        engine = self.engine
         format = self._prompter.format(recipe.format, recipe.is_thinking)
         instructions = [CONTROLS[p.control].instruct(p) for p in recipe.controls]
         prompt = self._prompter.prompt(

@@ -48,10 +48,13 @@ class _Vocabulary(Tokenizer, Protocol):
 
 
 class _Source(Protocol):
-    """What is needed of an engine: what its file says about prompts."""
+    """What a file says about prompts."""
 
-    chat_template: str | None
-    metadata: dict[str, str]
+    @property
+    def chat_template(self) -> str | None: ...
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
 
 
 class Prompter:

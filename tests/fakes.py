@@ -133,6 +133,9 @@ class ScriptedEngine:
         self.shared[sequence_id] = min(self.shared[sequence_id], n_tokens)
         self.calls.append(("rewind", sequence_id, n_tokens))
 
+    def close(self) -> None:
+        pass
+
     def save(self, sequence_id: int, tokens: list[int], path: Path) -> None:
         raise AssertionError("not scripted")
 

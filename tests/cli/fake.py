@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from localreason.cli.build import Wiring
+from localreason.cli.config import Config
 from localreason.cli.hub import RemoteFile
 from localreason.runtime.errors import ModelNotFound, PromptTooLong
 from localreason.runtime.events import Event, Finished, Noted, Token
@@ -126,7 +127,7 @@ class FakeHub:
 def wiring(models: list[FakeModel] | None = None, hub: FakeHub | None = None) -> Wiring:
     """A wiring whose models are kept in `models`, to look at afterwards."""
 
-    def open_model(path: Path, options: EngineOptions) -> FakeModel:
+    def open_model(path: Path, options: EngineOptions, config: Config) -> FakeModel:
         model = FakeModel(path, options)
         if models is not None:
             models.append(model)

@@ -1,0 +1,90 @@
+"""Several batches under way: the same tokens as with one, in an engine that answers in the order of submission."""
+
+import contextlib
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localreason.runtime.decode import Request, decode
+from localreason.runtime.events import Finished, Token
+from localreason.runtime.formats import FORMATS
+from localreason.runtime.phase import PhaseTracker
+from localreason.runtime.sequence import Sequence
+from tests.fakes import ByteTokenizer, ScriptedEngine, script
+
+TOKENIZER = ByteTokenizer()
+QUESTIONS = [f"Question number {i} of many, with a common beginning?" + "x" * (7 * i) for i in range(7)]
+REPLIES = {text: f"<think>{'ab' * (3 * i)}</think>Answer {i}." for i, text in enumerate(QUESTIONS)}
+
+
+def requests(limit=None):
+    for i, text in enumerate(QUESTIONS):
+        sequence = Sequence(TOKENIZER.encode(text), id=str(i), limit=limit)
+        yield Request(sequence, PhaseTracker(FORMATS["think"], ""), lambda row: int(row.argmax()), [])
+
+
+def run(n_in_flight, n_context=100_000, n_parallel=None, limit=None, n_batch=128):
+    engine = ScriptedEngine(
+        script(TOKENIZER, REPLIES), TOKENIZER.n_vocab, n_context, n_batch=n_batch, n_in_flight=n_in_flight
+    )
+    tokens, reasons = {}, {}
+    for event in decode(engine, TOKENIZER, requests(limit), n_parallel):
+        if isinstance(event, Token) and not event.is_continued:
+            tokens.setdefault(event.sequence.id, []).append(event.id)
+        elif isinstance(event, Finished):
+            reasons[event.sequence.id] = event.reason
+    assert not engine.results
+    assert engine.n_used == 0, "something was left in the cache"
+    return tokens, reasons, engine
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 8), st.sampled_from([None, 3, 20]), st.sampled_from([16, 40, 128]), st.data())
+def test_the_tokens_do_not_depend_on_how_many_batches_are_under_way(n_in_flight, n_parallel, limit, n_batch, data):
+    n_context = data.draw(st.sampled_from([100_000, 260, 180]))
+    expected = run(1, n_context, n_parallel, limit, n_batch)
+    found = run(n_in_flight, n_context, n_parallel, limit, n_batch)
+    assert found[0] == expected[0]
+    assert found[1] == expected[1]
+
+
+def test_decoding_rows_are_spread_over_the_batches():
+    engine = run(4, n_parallel=4)[2]
+    sizes = [len(batch) for batch in engine.batches]
+    assert max(sizes[-20:]) == 1
+    assert len(engine.batches) > len(run(1, n_parallel=4)[2].batches)
+
+
+def test_a_prompt_goes_in_pieces_that_follow_each_other():
+    engine = ScriptedEngine(script(TOKENIZER, REPLIES), TOKENIZER.n_vocab, n_batch=8, n_in_flight=3)
+    with contextlib.closing(decode(engine, TOKENIZER, list(requests())[:1])) as events:
+        next(events)
+        assert len(engine.batches) == 3, "three pieces are under way when the first comes back"
+
+
+def test_closing_with_batches_under_way_leaves_the_engine_ready():
+    engine = ScriptedEngine(script(TOKENIZER, REPLIES), TOKENIZER.n_vocab, n_in_flight=4)
+    for stop in range(1, 30, 4):
+        with contextlib.closing(decode(engine, TOKENIZER, requests())) as events:
+            for _ in range(stop):
+                next(events)
+        assert not engine.results
+        assert engine.n_used == 0
+    texts = [event for event in decode(engine, TOKENIZER, requests()) if isinstance(event, Finished)]
+    assert len(texts) == len(QUESTIONS)
+
+
+def test_a_sequence_cancelled_while_its_batch_is_under_way_takes_no_more_tokens():
+    engine = ScriptedEngine(script(TOKENIZER, REPLIES), TOKENIZER.n_vocab, n_in_flight=4)
+    chosen, after = random.Random(0), []
+    cancelled = set()
+    for event in decode(engine, TOKENIZER, requests()):
+        if event.sequence.id in cancelled and isinstance(event, Token):
+            after.append(event)
+        if isinstance(event, Token) and chosen.random() < 0.05 and event.sequence.id not in cancelled:
+            event.sequence.cancel("enough")
+            cancelled.add(event.sequence.id)
+    assert cancelled
+    assert not [event for event in after if not event.is_continued]
+    assert engine.n_used == 0
