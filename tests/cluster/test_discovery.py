@@ -1,0 +1,207 @@
+import asyncio
+import contextlib
+import socket
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from zeroconf import ServiceInfo
+from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
+
+from localreason.cluster.discovery import (
+    SERVICE,
+    Announcement,
+    Found,
+    Lost,
+    announce,
+    browse,
+    parse_peer,
+    read,
+    usability,
+    useful_addresses,
+    watch,
+)
+from localreason.cluster.errors import ClusterError
+from localreason.cluster.identity import Peer
+from localreason.runtime.errors import InputError
+
+ID, OTHER = "0123456789abcdef", "fedcba9876543210"
+
+
+def test_nodes_are_found_and_lost():
+    async def run():
+        async with contextlib.aclosing(watch(is_loopback=True)) as events, asyncio.timeout(8):
+            async with announce(Announcement("büro", ID, 7411, 3), is_loopback=True) as addresses:
+                assert addresses[0] == "127.0.0.1"
+                assert await anext(events) == Found("büro", ID, tuple(addresses), 7411, 3)
+                assert await browse(0.3, is_loopback=True) == [Found("büro", ID, tuple(addresses), 7411, 3)]
+            assert await anext(events) == Lost(ID)
+
+    asyncio.run(run())
+
+
+def test_garbage_records_are_passed_over():
+    async def run():
+        stranger = AsyncZeroconf(interfaces=["127.0.0.1"])
+        async with contextlib.aclosing(watch(is_loopback=True)) as events, asyncio.timeout(8), stranger as zeroconf:
+            for i, properties in enumerate([{}, {"v": b"\xff", "id": "x"}, {"v": "1", "id": OTHER, "name": "\x1b[2J"}]):
+                name = f"{OTHER if i == 2 else i}.{SERVICE}"
+                info = AsyncServiceInfo(SERVICE, name, 1, 0, 0, properties, "x.local.", addresses=[b"\x7f\0\0\1"])
+                await zeroconf.async_register_service(info, strict=False, cooperating_responders=True)
+            async with announce(Announcement("tower", ID, 7411, 1), is_loopback=True):
+                assert (await anext(events)).id == ID
+
+    asyncio.run(run())
+
+
+def test_nobody_there():
+    assert asyncio.run(browse(0.05, is_loopback=True)) == []
+
+
+def record(properties=None, name=f"{ID}.{SERVICE}", port=7411, addresses=("192.168.1.7",)):
+    properties = {"v": "1", "id": ID, "name": "tower"} if properties is None else properties
+    return ServiceInfo(SERVICE, name, port, properties=properties, server="x.local.", parsed_addresses=list(addresses))
+
+
+def test_a_sound_record_is_read():
+    assert read(record()) == Found("tower", ID, ("192.168.1.7",), 7411, 1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        record({}),
+        record({"v": "1", "id": OTHER, "name": "tower"}),
+        record({"v": "1", "id": ID.upper(), "name": "tower"}, name=f"{ID.upper()}.{SERVICE}"),
+        record({"v": "1", "id": ID[:-1], "name": "tower"}, name=f"{ID[:-1]}.{SERVICE}"),
+        record({"v": "one", "id": ID, "name": "tower"}),
+        record({"v": "١", "id": ID, "name": "tower"}),
+        record({"v": "9" * 200, "id": ID, "name": "tower"}),
+        record({"v": "1", "id": ID, "name": "x" * 65}),
+        record({"v": "1", "id": ID, "name": "a\nb"}),
+        record({"v": "1", "id": ID, "name": b"\xff\xfe"}),
+        record({"v": "1", "id": ID, "name": None}),
+        record(port=0),
+        record(port=None),
+        record(port=65536),
+        record(addresses=()),
+    ],
+)
+def test_an_unsound_record_is_none(bad):
+    assert read(bad) is None
+
+
+@given(st.binary(max_size=400))
+def test_random_texts_never_raise(text):
+    read(record(text))
+
+
+def test_many_addresses_are_cut():
+    assert len(read(record(addresses=[f"10.0.0.{i}" for i in range(200)])).addresses) == 16
+
+
+def interfaces(monkeypatch, table):
+    """A machine of these interfaces: name -> (is up, flags, addresses)."""
+
+    def row(address):
+        return SimpleNamespace(family=socket.AF_INET6 if ":" in address else socket.AF_INET, address=address)
+
+    mac = SimpleNamespace(family=psutil.AF_LINK, address="02:fc:00:00:00:01")
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {name: [*map(row, t[2]), mac] for name, t in table.items()})
+    states = {name: SimpleNamespace(isup=t[0], flags=t[1]) for name, t in table.items()}
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: states)
+
+
+CAST = "up,broadcast,running,multicast"
+
+
+def test_only_interfaces_of_the_home_are_used(monkeypatch):
+    virtual = ["docker0", "br-1f2e", "veth12", "vEthernet (WSL)", "virbr0", "vmnet8", "vboxnet0", "tun0", "tap0", "wg0"]
+    virtual += ["utun3", "tailscale0", "ztabc", "ham0", "ppp0", "awdl0", "llw0", "lo0"]
+    table = {name: (True, CAST, [f"10.9.{i}.1"]) for i, name in enumerate(virtual)}
+    table |= {
+        "lo": (True, "up,loopback", ["127.0.0.1", "::1"]),
+        "eth0": (True, CAST, ["fe80::1%eth0", "fd00::2", "192.168.1.7"]),
+        "wlan0": (True, CAST, ["192.168.1.8", "192.168.1.7"]),
+        "eth1": (False, "broadcast,multicast", ["192.168.2.1"]),
+        "eth2": (True, "up,pointopoint", ["192.168.3.1"]),
+        "Local Area Connection": (True, "", ["192.168.4.1"]),
+        "br0": (True, CAST, ["192.168.5.1"]),
+        "usb0": (True, CAST, ["fe80::2%usb0"]),
+    }
+    interfaces(monkeypatch, table)
+    home = ["192.168.1.7", "192.168.1.8", "192.168.4.1", "192.168.5.1", "fd00::2", "fe80::2%usb0"]
+    assert useful_addresses() == home
+    assert useful_addresses(is_loopback=True) == ["127.0.0.1", "::1"]
+
+
+def test_a_machine_without_a_network_says_so(monkeypatch):
+    interfaces(monkeypatch, {"lo": (True, "up,loopback", ["127.0.0.1"])})
+    assert useful_addresses() == []
+    with pytest.raises(ClusterError, match="give HOST:PORT"):
+        asyncio.run(browse(1))
+
+
+@pytest.mark.parametrize(
+    ("text", "peer"),
+    [
+        ("tower", ("tower", 7411)),
+        ("tower.local:80", ("tower.local", 80)),
+        ("192.168.1.7:65535", ("192.168.1.7", 65535)),
+        ("[fd00::2]:7000", ("fd00::2", 7000)),
+        ("[fe80::1%eth0]", ("fe80::1%eth0", 7411)),
+        ("fd00::2", ("fd00::2", 7411)),
+    ],
+)
+def test_addresses_of_peers(text, peer):
+    assert parse_peer(text) == peer
+
+
+BAD_PEERS = [
+    "",
+    ":",
+    ":80",
+    "a:",
+    "a:0",
+    "a:65536",
+    "a:x",
+    "a:-1",
+    "a:٣",
+    "a b",
+    "a:1:2",
+    "[a]:1",
+    "[fd00::2",
+    "x" * 254,
+    "\0",
+]
+
+
+@pytest.mark.parametrize("text", BAD_PEERS)
+def test_bad_addresses_of_peers(text):
+    with pytest.raises(InputError, match="is not HOST, HOST:PORT or"):
+        parse_peer(text)
+
+
+@given(st.text())
+def test_any_text_is_an_address_or_an_input_error(text):
+    with contextlib.suppress(InputError):
+        host, port = parse_peer(text)
+        assert host
+        assert 0 < port < 65536
+
+
+def test_why_a_node_cannot_be_used():
+    found, peer = Found("tower", ID, ("10.0.0.1",), 7411, 2), Peer(ID, "tower", b"", "", "")
+    assert usability(found, 2, [peer]) is None
+    assert usability(found, 2, [peer], own_id=ID) == "is this machine"
+    assert usability(found, 2, []) == "not paired: run `localreason cluster pair tower`"
+    assert usability(found, 3, [peer]) == "speaks protocol 2, this is 3: update localreason there"
+    assert usability(found, 1, [peer]) == "speaks protocol 2, this is 1: update localreason here"
+    assert "has another id" in (usability(found, 2, [Peer(OTHER, "tower", b"", "", "")]) or "")
+
+
+def test_a_name_cannot_smuggle_a_command_into_the_advice():
+    found = Found("$(reboot)", ID, ("10.0.0.1",), 7411, 1)
+    assert usability(found, 1, []) == "not paired: run `localreason cluster pair '$(reboot)'`"
