@@ -114,7 +114,7 @@ def _run(job: Job, path: Path, model: dict[str, str], left: list[problems.Proble
     options = build.make_options(job.config, job.recipe, n_parallel, (problem.text for problem in left))
     try:
         with (
-            job.wiring.open_model(path, options) as opened,
+            job.wiring.open_model(path, options, job.config) as opened,
             Interrupts() as interrupts,
             _show(job, tally) as show,
             contextlib.closing(opened.solve(questions, job.recipe, n_parallel)) as events,

@@ -34,8 +34,12 @@ class Solver(Protocol):
         ...
 
 
-def open_model(path: Path, options: "EngineOptions") -> AbstractContextManager[Solver]:
-    """The real thing: a GGUF file in llama.cpp."""
+def open_model(path: Path, options: "EngineOptions", config: Config) -> AbstractContextManager[Solver]:
+    """The real thing: a GGUF file in llama.cpp, on this machine or on the home's."""
+    if config.settings.cluster:
+        from .ring import open_ring
+
+        return open_ring(path, options, config)
     from ..runtime.model import Model
 
     return Model.open(path, options)
@@ -45,7 +49,7 @@ def open_model(path: Path, options: "EngineOptions") -> AbstractContextManager[S
 class Wiring:
     """What a test replaces: it hands another one to `main`."""
 
-    open_model: "Callable[[Path, EngineOptions], AbstractContextManager[Solver]]" = open_model
+    open_model: "Callable[[Path, EngineOptions, Config], AbstractContextManager[Solver]]" = open_model
     hub: Callable[[], Hub] = HuggingFace
 
 

@@ -45,6 +45,15 @@ class Settings:
     format: str | None = _setting(None, "thinking format, e.g. think, harmony, prompted; unset: detected")
     think: bool = _setting(True, "let the model think before it answers")
     store: str | None = _setting(None, "folder of pulled models")
+    cluster: bool = _setting(False, "share the model with the paired nodes of the home")
+    peers: tuple[str, ...] = _setting((), "a node by host:port, where it is not found by itself")
+    windows: str | None = _setting(None, "layers by machine in order, e.g. attic=14,head=14; unset: planned")
+    rounds: int = _setting(0, "how often a token passes the ring; 0: planned", 0, 64)
+    row_type: str = _setting("f32", "form of activations on the wire", choices=("f32", "f16", "i8"))
+    disk: bool = _setting(False, "let weights that do not fit into memory be read from disk at each token")
+    cluster_folder: str | None = _setting(None, "folder of identity and pairings")
+    cluster_cache: str | None = _setting(None, "folder of window files")
+    plaintext: bool = _setting(False, "speak without encryption to nodes on this machine, for tests")
 
 
 FIELDS = {item.name: item for item in fields(Settings)}
@@ -215,7 +224,7 @@ def show(
         return
     for name, (value, origin) in rows.items():
         shown = " ".join(value) if isinstance(value, tuple) else "unset" if value is None else str(value)
-        print(f"{name:<12} {shown or 'none':<20} {origin}")
+        print(f"{name:<14} {shown or 'none':<20} {origin}")
 
 
 @app.command("path")

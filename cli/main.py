@@ -50,6 +50,8 @@ GROUPS: dict[str, tuple[str, str]] = {
     "solve": ("solve", "Solve a question, or all problems of a file."),
     "models": ("models", "List, fetch, inspect and remove models."),
     "controls": ("controls", "List the controls of the thinking and the presets."),
+    "node": ("node", "Lend this machine to the models of paired machines."),
+    "cluster": ("cluster", "Pair, list and plan the home's machines."),
     "config": ("config", "Show the settings and where each comes from."),
 }
 """Command to module of this package and summary; a module holds a Typer `app` and is imported when it is called."""

@@ -65,6 +65,12 @@ def solve(
     format: Annotated[str | None, config.flag("format")] = None,
     think: Annotated[bool | None, config.flag("think", "--think/--no-think")] = None,
     store: Annotated[str | None, config.flag("store")] = None,
+    cluster: Annotated[bool | None, config.flag("cluster", "--cluster/--no-cluster")] = None,
+    peers: Annotated[list[str] | None, config.flag("peers", "--peer", show="HOST:PORT")] = None,
+    windows: Annotated[str | None, config.flag("windows")] = None,
+    rounds: Annotated[int | None, config.flag("rounds")] = None,
+    row_type: Annotated[str | None, config.flag("row_type")] = None,
+    disk: Annotated[bool | None, config.flag("disk", "--disk/--no-disk")] = None,
     limit: Limit = None,
     is_json: Json = False,
     force: Force = False,
@@ -162,7 +168,7 @@ def _ask(
     running: dict[int, Sequence] = {}
     options = build.make_options(settings, recipe, 1, [problem.text])
     with (
-        wiring.open_model(path, options) as model,
+        wiring.open_model(path, options, settings) as model,
         Interrupts() as interrupts,
         contextlib.closing(model.solve([Question(problem.id, problem.text)], recipe, 1)) as events,
     ):

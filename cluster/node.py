@@ -34,6 +34,7 @@ _MOST_ECHO = 4 << 20
 OPTIONS = [
     ("grpc.max_receive_message_length", LONGEST_MESSAGE),
     ("grpc.max_send_message_length", LONGEST_MESSAGE),
+    ("grpc.enable_http_proxy", 0),
 ]
 log = logging.getLogger("localreason.node")
 
@@ -46,7 +47,7 @@ class Gate(Protocol):
         runs in plain text, None for anybody else."""
         ...
 
-    def is_paired(self, fingerprint: str) -> bool:
+    def is_paired(self, caller: str) -> bool:
         """True for a head, False for one that was only introduced."""
         ...
 
@@ -112,7 +113,9 @@ class Node(service.RingServicer):
     async def Hold(self, request_iterator: AsyncIterator[wire.ToNode], context: Any) -> AsyncIterator[wire.FromNode]:
         caller = await self._admit(context)
         outgoing: asyncio.Queue[wire.FromNode | None] = asyncio.Queue(64)
-        holding = asyncio.create_task(self._hold(_Inlet(request_iterator), outgoing, caller))
+        holding = asyncio.create_task(
+            self._hold(_Inlet(request_iterator, lambda: self._gate.is_paired(caller)), outgoing, caller)
+        )
         beating = asyncio.create_task(self._beat(outgoing))
         try:
             while (message := await outgoing.get()) is not None:
@@ -256,18 +259,22 @@ class Node(service.RingServicer):
 
 
 class _Inlet:
-    """What the head says, each word awaited with a deadline."""
+    """What the head says, each word awaited with a deadline, for as long as it is paired."""
 
-    def __init__(self, messages: AsyncIterator[wire.ToNode]) -> None:
+    def __init__(self, messages: AsyncIterator[wire.ToNode], is_paired: Callable[[], bool]) -> None:
         self._messages = messages
+        self._is_paired = is_paired
 
     async def _read(self, seconds: float) -> wire.ToNode:
         try:
-            return await asyncio.wait_for(anext(self._messages), seconds)
+            message = await asyncio.wait_for(anext(self._messages), seconds)
         except TimeoutError as error:
             raise NodeLost(f"the head said nothing for {seconds:.0f} s; the session is over") from error
         except StopAsyncIteration as error:
             raise NodeLost("the head ended the session") from error
+        if not self._is_paired():
+            raise ClusterError("the head is not paired any more; the session is over")
+        return message
 
     async def next(self, kind: str) -> wire.ToNode:
         """The next word besides beats, which must be of that kind. Raises ProtocolError, NodeLost."""

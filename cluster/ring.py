@@ -184,6 +184,7 @@ class RingEngine:
                 with contextlib.suppress(ClusterError):
                     if not (await member.describe()).held_by:
                         self._returned.add(name)
+                        self._tell(f"{name} answers again and is used for the next request")
                 await member.release()
 
     def _recover(self, lost: Lost) -> None:

@@ -1,0 +1,124 @@
+"""`localreason node`: lend this machine to a ring until stopped."""
+
+import asyncio
+import logging
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..runtime.errors import InputError
+from . import config
+
+if TYPE_CHECKING:
+    from ..cluster.home import Home
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+Loopback = Annotated[bool, typer.Option("--loopback", help="Listen on this machine only and announce nothing.")]
+Plain = Annotated[bool, typer.Option("--plaintext", help="No encryption and no pairing; only with --loopback.")]
+Folder = Annotated[Path | None, typer.Option("--folder", help="Folder of identity and pairings.")]
+Cache = Annotated[Path | None, typer.Option("--cache", help="Folder of received weights.")]
+Limit = Annotated[
+    float | None, typer.Option("--cache-limit", min=0.01, help="GiB of weights to keep; unset: half the free disk.")
+]
+
+
+@app.command()
+def node(
+    name: Annotated[str | None, typer.Option("--name", help="Name of this machine; unset: that of its system.")] = None,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65534, help="Port; pairing takes the next one. 0 takes a free one.")
+    ] = 7411,
+    threads: Annotated[int | None, config.flag("threads")] = None,
+    loopback: Loopback = False,
+    plaintext: Plain = False,
+    folder: Folder = None,
+    cache: Cache = None,
+    cache_limit: Limit = None,
+    store: Annotated[str | None, config.flag("store")] = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log refused calls.")] = False,
+) -> None:
+    """Lend this machine to the models of paired machines, until Ctrl-C.
+
+    It needs no model file: weights are sent once, checked, and kept. Pair it once: run `localreason cluster pair` on
+    the machine that asks questions and type the code that is shown here.
+
+    \b
+    Examples:
+      localreason node
+      localreason node --name attic --port 7500 --cache-limit 20
+    """
+    if plaintext and not loopback:
+        raise InputError("--plaintext lets anybody in who reaches the port; give --loopback with it, or leave it out")
+    settings = config.load({"threads": threads, "store": store})
+    logging.basicConfig(level=logging.WARNING if verbose else logging.ERROR, format="%(asctime)s %(message)s")
+    from ..cluster.home import Home
+
+    limit = int(cache_limit * 2**30) if cache_limit else None
+    home = Home(folder, cache, plaintext, limit, name)
+    try:
+        asyncio.run(_run(home, name or home.identity.name, port, settings, loopback))
+    except KeyboardInterrupt:
+        _show("stopped")
+
+
+async def _run(home: "Home", name: str, port: int, settings: config.Config, is_loopback: bool) -> None:
+    from ..cluster.device import profile
+    from ..cluster.node import Node, NodeOptions, serve
+    from ..cluster.pairing import PairingServer
+    from ..runtime.llama import physical_cores
+
+    n_threads = settings.settings.threads or physical_cores()
+    assert home.cache is not None
+    folder = home.cache
+
+    def measure(types: list[str]) -> str:
+        return profile(folder, name, n_threads, types).to_json()
+
+    node = Node(NodeOptions(name, n_threads, measure), home.store([settings.store]), home.gate, _show)
+    pairing = PairingServer(home.identity, home.peers, _show)
+
+    async def ready(port: int) -> None:
+        print(f"listening on port {port}", flush=True)
+        if home.is_plain:
+            return
+        await pairing.start([host], port + 1)
+        paired = ", ".join(peer.name for peer in home.peers.list()) or "nobody yet"
+        _show(f"{name} ({home.identity.id}) is ready; paired with: {paired}")
+        if not is_loopback:
+            stack.append(asyncio.create_task(_announce(name, home.identity.id, port)))
+
+    # On most systems :: takes IPv4 too; where there is no IPv6 it cannot be had.
+    host = "127.0.0.1" if is_loopback else "::" if _has_ipv6() else "0.0.0.0"
+    stack: list[asyncio.Task[None]] = []
+    try:
+        await serve(node, lambda server: home.gate.add_port(server, host, port), ready)
+    finally:
+        for task in stack:
+            task.cancel()
+        await asyncio.gather(*stack, return_exceptions=True)
+        await pairing.stop()
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+async def _announce(name: str, id: str, port: int) -> None:
+    """Be found for as long as the node serves."""
+    from ..cluster.codec import PROTOCOL
+    from ..cluster.discovery import Announcement, announce
+
+    async with announce(Announcement(name, id, port, PROTOCOL)):
+        await asyncio.Event().wait()
+
+
+def _show(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

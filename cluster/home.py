@@ -1,0 +1,126 @@
+"""This machine's place in the home: who it is, whom it trusts, what it keeps, and which nodes it can use now."""
+
+import asyncio
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import platformdirs
+
+from .codec import PROTOCOL
+from .discovery import Found, browse, parse_peer, usability
+from .errors import ClusterError
+from .gate import PlainGate, TlsGate
+from .identity import Identity, Peers
+from .member import Address, Member
+from .store import Store
+from .wire import ring_pb2 as wire
+
+DEFAULT_PORT = 7411
+_MOST_CLOCK_SECONDS = 86_400
+"""Certificates are valid from a day before they were made."""
+_LIMIT_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A node that was found or named; `problem` says why it cannot be used, and is empty where it can."""
+
+    name: str
+    id: str
+    address: Address | None
+    problem: str = ""
+    reply: wire.DescribeReply | None = None
+
+
+@dataclass(slots=True)
+class Home:
+    """Identity, peers and caches in two folders of the user's; `is_plain` does without encryption, on loopback only."""
+
+    folder: Path | None = None
+    cache: Path | None = None
+    is_plain: bool = False
+    limit_bytes: int | None = None
+    name: str | None = None
+    identity: Identity = field(init=False)
+    peers: Peers = field(init=False)
+    gate: TlsGate | PlainGate = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises ClusterError."""
+        self.identity = Identity.load(self.folder, self.name)
+        self.peers = Peers(self.folder)
+        self.gate = PlainGate() if self.is_plain else TlsGate(self.identity, self.peers)
+        self.cache = self.cache or platformdirs.user_cache_path("localreason", appauthor=False) / "windows"
+
+    def store(self, models: Sequence[Path] = ()) -> Store:
+        """The window files of this machine; half the free disk at most where no limit is set."""
+        assert self.cache is not None
+        near = next(path for path in (self.cache, *self.cache.parents) if path.exists())
+        return Store(self.cache, self.limit_bytes or int(_LIMIT_SHARE * shutil.disk_usage(near).free), models)
+
+    async def survey(self, seconds: float, named: Sequence[str] = (), types: Sequence[str] = ()) -> list[Seen]:
+        """Nodes that announce themselves within `seconds` and those that are named as host:port, each asked who it is.
+
+        `types` of weights ask for a profile too, which takes seconds the first time. Raises InputError for a name
+        that is no address.
+        """
+        targets = [parse_peer(text) for text in named]
+        found = [] if self.is_plain or not seconds else await browse(seconds)
+        found = [other for other in found if other.id != self.identity.id]
+        asked = [self._ask_found(other, list(types)) for other in found]
+        asked += [self._ask_named(host, port, list(types)) for host, port in targets]
+        seen = await asyncio.gather(*asked)
+        first: dict[str, Seen] = {}
+        for one in seen:  # one that was both found and named, the usable of the two
+            if one.id not in first or first[one.id].problem:
+                first[one.id] = one
+        return sorted(first.values(), key=lambda one: one.name)
+
+    async def _ask_found(self, found: Found, types: list[str]) -> Seen:
+        problem = usability(found, PROTOCOL, self.peers.list(), self.identity.id)
+        if problem is not None:
+            return Seen(found.name, found.id, None, problem)
+        peer = next(peer for peer in self.peers.list() if peer.id == found.id)
+        problem = "announces no address that can be reached"
+        for host in found.addresses:
+            address = Address(peer.name, host, found.port, peer.certificate.decode())
+            seen = await self._ask(address, found.id, types)
+            if not seen.problem or seen.reply is not None:
+                return seen
+            problem = seen.problem
+        return Seen(found.name, found.id, None, problem)
+
+    async def _ask_named(self, host: str, port: int, types: list[str]) -> Seen:
+        label = f"{host}:{port}"
+        if self.is_plain:
+            seen = await self._ask(Address(label, host, port), label, types)
+            if seen.reply is None:
+                return seen
+            return Seen(seen.reply.name, label, Address(seen.reply.name, host, port), seen.problem, seen.reply)
+        problem = f"is not paired: run `localreason cluster pair {label}`"
+        for peer in sorted(self.peers.list(), key=lambda peer: peer.address.rpartition(":")[0] != host):
+            seen = await self._ask(Address(peer.name, host, port, peer.certificate.decode()), peer.id, types)
+            if seen.reply is not None:
+                return seen
+            if "trust" not in seen.problem:
+                problem = seen.problem
+        return Seen(label, label, None, problem)
+
+    async def _ask(self, address: Address, id: str, types: list[str]) -> Seen:
+        member = Member(address, self.gate)
+        try:
+            reply = await member.describe(types)
+        except ClusterError as error:
+            return Seen(address.name, id, address, str(error).removeprefix(address.name).strip())
+        finally:
+            await member.release()
+        problem = ""
+        off = reply.unix_seconds - time.time()
+        if abs(off) > _MOST_CLOCK_SECONDS:
+            problem = f"has a clock that is off by {off / 3600:.0f} hours; set it"
+        elif reply.held_by:
+            problem = f"is busy with {reply.held_by}"
+        return Seen(address.name, id, address, problem, reply)

@@ -1,0 +1,95 @@
+"""Node processes as a user starts them, paired without a keyboard."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+from localreason.cluster.gate import TlsGate
+from localreason.cluster.identity import Identity, Peers
+from localreason.cluster.member import Address
+
+RUN = [sys.executable, "-c", "from localreason.cli.main import run; run()"]
+
+
+class NodeProcess:
+    """`localreason node` on a free port of this machine; a context manager."""
+
+    def __init__(self, folder, name, head=None, *flags):
+        self.name = name
+        self.folder = folder / name
+        self.cache = folder / f"{name}-cache"
+        self.identity = Identity.load(self.folder, name)
+        self._head, self._flags = head, flags
+        self.lines = []
+        self._heard = threading.Condition()
+        if head is not None:
+            Peers(self.folder).add(head.certificate)
+            Peers(head.folder).add(self.identity.certificate)
+
+    def start(self, port=0):
+        command = [*RUN, "node", "--loopback", "--port", str(port), "--threads", "1", "--name", self.name]
+        command += ["--folder", str(self.folder), "--cache", str(self.cache), *self._flags]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        assert self.process.stdout is not None
+        self._listener = threading.Thread(target=self._listen, args=[self.process.stdout])
+        self._listener.start()
+        self.port = int(self.wait_for("listening on port").rsplit(" ", 1)[1])
+        self.wait_for("is ready")
+        return self
+
+    def _listen(self, stream):
+        with stream:
+            for line in stream:
+                with self._heard:
+                    self.lines.append(line.rstrip())
+                    self._heard.notify_all()
+
+    def wait_for(self, words, seconds=20):
+        """The first line with these words."""
+
+        def find():
+            return next((line for line in self.lines if words in line), None)
+
+        with self._heard:
+            assert self._heard.wait_for(find, seconds), f"{words!r} was not said by {self.name}: {self.lines}"
+            return find()
+
+    @property
+    def address(self):
+        return Address(self.name, "127.0.0.1", self.port, self.identity.certificate.decode())
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self._listener.join(10)
+        self.lines.clear()
+
+    def freeze(self):
+        self.process.send_signal(signal.SIGSTOP)
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGCONT)
+        self.process.terminate()
+        try:
+            self.process.wait(15)
+        finally:
+            self.process.kill()
+            self._listener.join(10)
+
+
+class Head:
+    """An identity with what a `RingEngine` needs."""
+
+    def __init__(self, folder, name="laptop"):
+        self.folder = folder / name
+        self.identity = Identity.load(self.folder, name)
+        self.certificate = self.identity.certificate
+        self.gate = TlsGate(self.identity, Peers(self.folder))
