@@ -1,0 +1,258 @@
+"""What layers cost on a device: the numbers of a model, of links, and tables of seconds and limits. Pure.
+
+One token on one device takes `busy` seconds: bytes of weights over the measured speed of their type, and the cells of
+the cache over the memory bandwidth; layers on the GPU take their bytes over its speed. Weights that do not fit into
+memory beside cache and scratch are read from disk again for every token, only what overflows (`reload`; a kernel that
+drops pages in strict order reads more). Cache and scratch never overflow.
+
+With k rounds a device can read ahead for its next window while others compute, up to what its memory for weights, A
+bytes, holds. Of D bytes in k windows D - A are read per token, and max(0, D - kA) of them cannot be ahead of time; at
+k = 1 that is all. The stalls of the devices are a fixed point: each one's reads that can be ahead are free as long as
+the round is longer than its computing and reading. Its solution is
+
+    token = max( sum(busy + max(0, D - kA) / disk) + hops , max over devices of (busy + reload) ).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .device import Device
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCosts:
+    """A model as the plan sees it; all sizes are bytes."""
+
+    layer_bytes: tuple[int, ...]
+    """Weights of each layer that a token is multiplied with."""
+    layer_type: tuple[str, ...]
+    """The dominant ggml type of each layer, such as "Q4_K"."""
+    cache_bytes: int
+    """Keys and values of one token in one layer."""
+    n_context: int
+    """Cells of the cache, of all sequences together."""
+    output_bytes: int
+    output_type: str
+    embedding_bytes: int
+    """The input table: mapped from the head's file and read one row per token, so neither held nor timed."""
+    n_embd: int
+    scratch_bytes: int = 0
+    """Compute buffers, on every device, and on its GPU where layers are there."""
+    n_read: int | None = None
+    """Cells that a token reads; all of them where None, which is the end of a full context."""
+    value_bytes: int = 4
+    """Of one number of an activation on the wire."""
+    barred: frozenset[tuple[int, int]] = frozenset()
+    """Windows (first, end) that cannot be cut out."""
+
+    def __post_init__(self) -> None:
+        assert self.layer_bytes, "a model has layers"
+        assert len(self.layer_bytes) == len(self.layer_type), "a type for each layer"
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layer_bytes)
+
+    @property
+    def held_cache_bytes(self) -> int:
+        """Cache of one layer."""
+        return self.cache_bytes * self.n_context
+
+    @property
+    def read_cache_bytes(self) -> int:
+        """Cache of one layer that a token reads."""
+        return self.cache_bytes * (self.n_context if self.n_read is None else self.n_read)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Weights, cache and output in all, without scratch."""
+        return sum(self.layer_bytes) + self.n_layers * self.held_cache_bytes + self.output_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """(seconds of latency one way, bytes per second) from one name to another; a pair holds for both directions
+    unless both are given."""
+
+    pairs: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    default: tuple[float, float] = (0.0005, 110e6)
+
+    def of(self, one: str, other: str) -> tuple[float, float]:
+        """Latency and bandwidth of a hop; nothing between windows of one device."""
+        if one == other:
+            return 0.0, float("inf")
+        return self.pairs.get((one, other)) or self.pairs.get((other, one)) or self.default
+
+    def seconds(self, one: str, other: str, n_bytes: int) -> float:
+        """A hop of `n_bytes`."""
+        latency, bandwidth = self.of(one, other)
+        return latency + n_bytes / bandwidth
+
+    def transfer_seconds(self, one: str, other: str, n_bytes: int) -> float:
+        """What a hop of `n_bytes` occupies the link."""
+        return n_bytes / self.of(one, other)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Seconds of one step on one device, with cache; arrays have an entry per layer."""
+
+    cpu: Array
+    gpu: Array
+    output_cpu: float
+    output_gpu: float
+
+
+def rates(costs: ModelCosts, device: Device, n_tokens: int = 0) -> Rates:
+    """Seconds of decoding one token, or of a prefill batch of `n_tokens`.
+
+    A prefill on a GPU is taken to be faster by what its decode is; the last row's output is left out of it.
+    """
+    weights = np.array(costs.layer_bytes, np.float64)
+    speed = np.array([device.weight_speed(kind) for kind in costs.layer_type])
+    gpu_speed = device.gpu_speed or np.inf
+    if n_tokens:
+        cpu = weights * n_tokens / np.array([device.prefill_speed(kind) for kind in costs.layer_type])
+        return Rates(cpu, cpu * speed / gpu_speed, 0.0, 0.0)
+    return Rates(
+        weights / speed + costs.read_cache_bytes / device.memory_bandwidth,
+        (weights + costs.read_cache_bytes) / gpu_speed,
+        costs.output_bytes / device.weight_speed(costs.output_type),
+        costs.output_bytes / gpu_speed,
+    )
+
+
+def reload_bytes(costs: ModelCosts, device: Device, ram_weights: Array, ram_cache: Array, n_rounds: int) -> Array:
+    """D - kA: what `n_rounds` times the memory does not hold; infinite where not even the cache fits.
+
+    With one round it is all that is read again per token, with more what cannot be read ahead.
+    """
+    room = device.memory_bytes - costs.scratch_bytes - ram_cache
+    return np.where(room < 0, np.inf, np.maximum(0, ram_weights - n_rounds * np.maximum(room, 0)))
+
+
+def reload_seconds(device: Device, n_bytes: Array, is_disk_allowed: bool) -> Array:
+    """Seconds to read bytes again; infinite where that is not wanted or there is no disk."""
+    if is_disk_allowed and device.disk_sequential > 0:
+        return n_bytes / device.disk_sequential
+    return np.where(n_bytes > 0, np.inf, 0.0)
+
+
+def has_gpu(device: Device) -> bool:
+    """True where layers may go to a GPU."""
+    return device.gpu_speed > 0 and device.gpu_memory_bytes > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """One round, layers of any sizes. Arrays over (first, split, end): layers [first, split) are on the CPU and
+    [split, end) on the GPU; `own[first, split]` + `gpu[split, end]` are the seconds, infinite where impossible.
+    With a GPU there may be a second pair: no layers and no output on it."""
+
+    own: Array
+    gpu: Array | None
+    without: Array | None
+    best: Array
+    """Seconds of layers [first, end), the split chosen, (n_layers + 1, n_layers + 1)."""
+
+    def split(self, first: int, end: int) -> tuple[int, bool]:
+        """Number of GPU layers of the best split, and whether the output is on the GPU."""
+        if self.gpu is None:
+            return 0, False
+        if self.without is not None and self.without[first, end] <= self.best[first, end]:
+            return 0, False
+        sums = self.own[first, first : end + 1] + self.gpu[first : end + 1, end]
+        return end - first - int(np.argmin(sums)), True
+
+
+def exact(costs: ModelCosts, device: Device, is_head: bool, is_disk_allowed: bool, n_tokens: int = 0) -> Exact:
+    """The table of one device for one round, of decode or of a prefill batch."""
+    rate = rates(costs, device, n_tokens)
+    weights, cpu, gpu = (_prefix(values) for values in (np.array(costs.layer_bytes, np.float64), rate.cpu, rate.gpu))
+    count = np.arange(costs.n_layers + 1, dtype=np.float64)
+    output = costs.output_bytes if is_head else 0
+
+    def on_cpu(output_bytes: int, output_seconds: float) -> Array:
+        ram = _between(weights) + output_bytes
+        over = reload_bytes(costs, device, ram, _between(count) * costs.held_cache_bytes, 1)
+        seconds = _between(cpu) + output_seconds + reload_seconds(device, over, is_disk_allowed)
+        return np.where(_between(count) < 0, np.inf, seconds)
+
+    plain = on_cpu(output, rate.output_cpu if is_head else 0.0)
+    if not has_gpu(device):
+        return Exact(plain, None, None, plain)
+    held = _between(weights) + _between(count) * costs.held_cache_bytes + output + costs.scratch_bytes
+    # A GPU without any layer holds nothing.
+    is_held = (held <= device.gpu_memory_bytes) | ((_between(count) == 0) & (not is_head))
+    seconds = _between(gpu) + (rate.output_gpu if is_head else 0.0)
+    there = np.where((_between(count) >= 0) & is_held, seconds, np.inf)
+    own = on_cpu(0, 0.0)
+    best = _best_split(own, there)
+    return Exact(own, there, plain if is_head else None, np.minimum(best, plain) if is_head else best)
+
+
+def _prefix(values: Array) -> Array:
+    return np.concatenate(([0.0], np.cumsum(values)))
+
+
+def _between(prefix: Array) -> Array:
+    """Sums of [first, end) as (first, end)."""
+    return prefix[None, :] - prefix[:, None]
+
+
+def _best_split(own: Array, gpu: Array) -> Array:
+    """Least sum over the split of own[first, split] + gpu[split, end]."""
+    best = np.full_like(own, np.inf)
+    for split in range(len(own)):
+        part = best[: split + 1, split:]
+        np.minimum(part, own[: split + 1, split, None] + gpu[None, split, split:], out=part)
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Several rounds, layers taken as equal. Arrays over (number of layers, choice): the seconds that count in the
+    sum, those that bound the token from below, and of each choice the GPU layers and the place of the output."""
+
+    total: Array
+    bound: Array
+    choices: tuple[tuple[int, bool], ...]
+
+    def best(self, limit: float) -> tuple[Array, NDArray[np.intp]]:
+        """Least seconds per number of layers whose bound is within the limit, and the choice."""
+        total = np.where(self.bound <= limit, self.total, np.inf)
+        return total.min(axis=1), total.argmin(axis=1)
+
+
+def uniform(
+    costs: ModelCosts, device: Device, is_head: bool, is_disk_allowed: bool, n_rounds: int, n_tokens: int = 0
+) -> Uniform:
+    """The table of one device for several rounds, of decode or of a prefill batch."""
+    n = costs.n_layers
+    rate = rates(costs, device, n_tokens)
+    cpu, gpu, weights = float(rate.cpu.mean()), float(rate.gpu.mean()), sum(costs.layer_bytes) / n
+    choices = [(0, False)] + [(i, True) for i in range(n + 1) if has_gpu(device) and (i or is_head)]
+    total, bound = np.full((n + 1, len(choices)), np.inf), np.full((n + 1, len(choices)), np.inf)
+    for column, (n_gpu, is_output_there) in enumerate(choices):
+        counts = np.arange(max(n_rounds, n_gpu), n + 1, dtype=np.float64)
+        n_cpu = counts - n_gpu
+        output = costs.output_bytes if is_head else 0
+        seconds = n_cpu * cpu + n_gpu * gpu
+        if is_head:
+            seconds = seconds + (rate.output_gpu if is_output_there else rate.output_cpu)
+        held = n_gpu * (weights + costs.held_cache_bytes) + output + costs.scratch_bytes
+        if is_output_there and held > device.gpu_memory_bytes:
+            continue
+        ram = n_cpu * weights + (0 if is_output_there else output)
+        over = [reload_bytes(costs, device, ram, n_cpu * costs.held_cache_bytes, k) for k in (n_rounds, 1)]
+        late, read = (reload_seconds(device, n_bytes, is_disk_allowed) for n_bytes in over)
+        # Without the disk nothing may overflow one round's memory, read ahead or not.
+        start = int(counts[0]) if len(counts) else n + 1
+        total[start:, column] = np.where(np.isinf(read), np.inf, seconds + late)
+        bound[start:, column] = seconds + read
+    return Uniform(total, bound, tuple(choices))

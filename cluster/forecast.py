@@ -1,0 +1,140 @@
+"""What given windows will take: the same costs as the plan's search, of the true layers, laid out per device. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .costs import Links, ModelCosts, Rates, has_gpu, rates, reload_bytes, reload_seconds
+from .device import Device
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Layers [first, end) on a device, the last `n_gpu_layers` of them on its GPU."""
+
+    device: str
+    first: int
+    end: int
+    n_gpu_layers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one device holds and does, over all its windows; seconds are per token of one sequence."""
+
+    name: str
+    n_layers: int
+    weight_bytes: int
+    """Layers, and on the head the output matrix."""
+    cache_bytes: int
+    busy_seconds: float
+    link_seconds: float
+    """Of its hops to the next device."""
+    reload_seconds: float
+    """Of reading weights from disk again, before what is read ahead."""
+    n_gpu_layers: int
+    is_output_on_gpu: bool
+    """llama.cpp moves the output first: with layers of the last window, this needs one more in its `n_gpu_layers`."""
+    prefill_seconds: float
+    """Of a micro-batch of a prompt."""
+    prefill_link_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Seconds, and shares in the order of the ring."""
+
+    token_seconds: float
+    throughput_seconds: float
+    shares: tuple[Share, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """One device's part: layers on the CPU and on the GPU, and whether the output is there."""
+
+    device: Device
+    cpu: list[int]
+    gpu: list[int]
+    has_output: bool
+    is_output_on_gpu: bool
+
+    def seconds(self, rate: Rates) -> float:
+        output = (rate.output_gpu if self.is_output_on_gpu else rate.output_cpu) if self.has_output else 0.0
+        return float(rate.cpu[self.cpu].sum() + rate.gpu[self.gpu].sum()) + output
+
+
+def forecast(
+    costs: ModelCosts,
+    devices: Sequence[Device],
+    links: Links,
+    windows: Sequence[Window],
+    n_rounds: int,
+    is_output_on_gpu: bool = False,
+    is_disk_allowed: bool = False,
+    n_batch: int = 512,
+) -> Forecast | None:
+    """Predict windows in the order of hops, the last one the head's, `devices` the head first; None where they do not
+    fit."""
+    by_name = {device.name: device for device in devices}
+    shares, waits, uses = [], [], []
+    names = list(dict.fromkeys(window.device for window in windows[: len(windows) // n_rounds]))
+    for name, following in zip(names, [*names[1:], names[0]], strict=True):
+        held = _held(by_name[name], windows, name == windows[-1].device, is_output_on_gpu)
+        one = _share(costs, held, n_rounds, is_disk_allowed, n_batch)
+        if one is None:
+            return None
+        share, wait = one
+        row = costs.n_embd * costs.value_bytes
+        hop, batch_hop = (n_rounds * links.seconds(name, following, n) for n in (row, row * n_batch))
+        uses.append(n_rounds * links.transfer_seconds(name, following, row))
+        shares.append(replace(share, link_seconds=hop, prefill_link_seconds=batch_hop))
+        waits.append(wait)
+    each = [share.busy_seconds + share.reload_seconds for share in shares]
+    # Each device computes and reads within the token, and waits for what cannot be ahead (costs.py).
+    token = max(sum(s.busy_seconds + w + s.link_seconds for s, w in zip(shares, waits, strict=True)), max(each))
+    return Forecast(token, max(*each, *uses), tuple(shares))
+
+
+def _held(device: Device, windows: Sequence[Window], is_head: bool, is_output_on_gpu: bool) -> _Held:
+    cpu, gpu = [], []
+    for window in windows:
+        if window.device == device.name:
+            cpu += range(window.first, window.end - window.n_gpu_layers)
+            gpu += range(window.end - window.n_gpu_layers, window.end)
+    return _Held(device, cpu, gpu, is_head, is_head and is_output_on_gpu)
+
+
+def _share(
+    costs: ModelCosts, held: _Held, n_rounds: int, is_disk_allowed: bool, n_batch: int
+) -> tuple[Share, float] | None:
+    """The share without its links, and the seconds of reading that cannot be ahead; None where it does not fit."""
+    device, output = held.device, costs.output_bytes if held.has_output else 0
+    cache = costs.held_cache_bytes
+    weights = [sum(costs.layer_bytes[i] for i in layers) for layers in (held.cpu, held.gpu)]
+    weights[held.is_output_on_gpu] += output
+    on_gpu = weights[1] + len(held.gpu) * cache + costs.scratch_bytes
+    if (held.gpu or held.is_output_on_gpu) and (not has_gpu(device) or on_gpu > device.gpu_memory_bytes):
+        return None
+    over = [
+        reload_bytes(costs, device, np.array(float(weights[0])), np.array(float(len(held.cpu) * cache)), k)
+        for k in (n_rounds, 1)
+    ]
+    late, read = (float(reload_seconds(device, n_bytes, is_disk_allowed)) for n_bytes in over)
+    if not np.isfinite(read):
+        return None
+    share = Share(
+        name=device.name,
+        n_layers=len(held.cpu) + len(held.gpu),
+        weight_bytes=sum(weights),
+        cache_bytes=(len(held.cpu) + len(held.gpu)) * cache,
+        busy_seconds=held.seconds(rates(costs, device)),
+        link_seconds=0.0,
+        reload_seconds=read,
+        n_gpu_layers=len(held.gpu),
+        is_output_on_gpu=held.is_output_on_gpu,
+        prefill_seconds=held.seconds(rates(costs, device, n_batch)) + read,
+        prefill_link_seconds=0.0,
+    )
+    return share, late

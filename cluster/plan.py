@@ -1,0 +1,259 @@
+"""Which device runs which layers in which order: the best ring for a model, found exactly. Pure.
+
+For a fixed number of rounds the cost of a ring is a sum over its devices (`costs.py`) plus its hops, so a dynamic
+programme (`route.py`) finds the best windows, the best selection of devices and, for up to seven workers, the best
+order. One round is exact for layers of any sizes; several rounds share out layers of the mean size, and what is
+predicted of the result is again of the true sizes. Without disk several rounds can only add hops, and a full
+ring has no idle time to read in, so they are tried for latency where the disk is allowed (or where they are all that
+is given), and taken only where reading ahead pays; a device of the ring then has a window in each.
+
+The objectives, lower is better:
+- latency: seconds of a token of one sequence, busy + reload + hops;
+- throughput: seconds between tokens of a ring kept full, max over devices of busy + reload and over links of
+  transfer, not below latency / `n_in_flight` where that is given; then latency;
+- prefill: the same maximum for a batch of `n_batch` prompt tokens; then their sum.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from .costs import Array, Links, ModelCosts, exact, has_gpu, uniform
+from .device import Device
+from .errors import PlanImpossible
+from .forecast import Share, Window, forecast
+from .route import N_ANY_ORDER, Route, least, nearest_order, orders, search, shifted
+
+Objective = Literal["latency", "throughput", "prefill"]
+ROUNDS = (1, 2, 4, 8)
+_GAIN = 1 - 1e-9
+"""More rounds must be better than fewer by more than rounding."""
+
+__all__ = ["ROUNDS", "Links", "ModelCosts", "Objective", "Plan", "Share", "Window", "plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Windows in the order of hops, the last one the head's, and what is predicted of them."""
+
+    windows: tuple[Window, ...]
+    n_rounds: int
+    token_seconds: float
+    """Of one sequence alone, with the cache read to its end."""
+    throughput_seconds: float
+    """Between tokens, all sequences together, of a ring kept full."""
+    per_device: tuple[Share, ...]
+    """In the order of the ring, the head last; devices left out are not in it."""
+    n_batch: int
+    """Prompt tokens of a micro-batch."""
+
+    @property
+    def is_disk_used(self) -> bool:
+        """True where weights are read from disk again for every token."""
+        return any(share.reload_seconds > 0 for share in self.per_device)
+
+    @property
+    def n_hops(self) -> int:
+        """Messages from device to device per token."""
+        return self.n_rounds * len(self.per_device) if len(self.per_device) > 1 else 0
+
+    def prefill_seconds(self, n_tokens: int) -> float:
+        """Until a prompt is evaluated, its micro-batches following each other round the ring."""
+        if n_tokens <= 0:
+            return 0.0
+        n_batches = -(-n_tokens // self.n_batch)
+        size = n_tokens / n_batches / self.n_batch
+        stages = [share.prefill_seconds for share in self.per_device]
+        links = [share.prefill_link_seconds for share in self.per_device]
+        return size * (sum(stages) + sum(links) + (n_batches - 1) * max(*stages, *links))
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    costs: ModelCosts
+    devices: tuple[Device, ...]
+    links: Links
+    objective: Objective
+    n_in_flight: int | None
+    is_disk_allowed: bool
+    n_batch: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the step that is weighed; 0 is a decode."""
+        return self.n_batch if self.objective == "prefill" else 0
+
+    @property
+    def weight(self) -> float:
+        """Of the latency, beside the bottleneck."""
+        if self.objective == "latency":
+            return 1.0
+        return 1 / self.n_in_flight if self.n_in_flight and self.objective == "throughput" else 0.0
+
+    def hops(self, n_rounds: int) -> tuple[Array, Array]:
+        """Seconds, and seconds of a link's use, between all devices."""
+        costs, n = self.costs, len(self.devices)
+        n_bytes = costs.n_embd * costs.value_bytes * max(1, self.n_tokens)
+        seconds, uses = np.zeros((n, n)), np.zeros((n, n))
+        for i, one in enumerate(self.devices):
+            for j, other in enumerate(self.devices):
+                seconds[i, j] = self.links.seconds(one.name, other.name, n_bytes)
+                uses[i, j] = self.links.transfer_seconds(one.name, other.name, n_bytes)
+        return n_rounds * seconds, n_rounds * uses
+
+
+def plan(
+    costs: ModelCosts,
+    devices: Sequence[Device],
+    links: Links | None = None,
+    objective: Objective = "latency",
+    n_in_flight: int | None = None,
+    is_disk_allowed: bool = False,
+    rounds: int | Sequence[int] = ROUNDS,
+    n_batch: int = 512,
+) -> Plan:
+    """The best ring over some of `devices`, the head first. Raises PlanImpossible.
+
+    `n_in_flight` sequences bound the throughput; None is as many as keep the ring full. `rounds` are the numbers of
+    rounds to choose from.
+    """
+    assert devices, "there is a head"
+    assert len({device.name for device in devices}) == len(devices), "names tell devices apart"
+    links = links or Links()
+    task = _ordered(_Task(costs, tuple(devices), links, objective, n_in_flight, is_disk_allowed, n_batch))
+    best: Plan | None = None
+    for n_rounds in [rounds] if isinstance(rounds, int) else rounds:
+        if best is not None and n_rounds > 1 and not (is_disk_allowed and objective == "latency"):
+            continue
+        found = _one_round(task) if n_rounds == 1 else _several_rounds(task, n_rounds)
+        if found is not None and (best is None or _value(task, found) < _value(task, best) * _GAIN):
+            best = found
+    if best is None:
+        raise _impossible(task)
+    return best
+
+
+def _value(task: _Task, found: Plan) -> float:
+    if task.objective == "latency":
+        return found.token_seconds
+    if task.objective == "throughput":
+        return max(found.throughput_seconds, task.weight * found.token_seconds)
+    return max(max(share.prefill_seconds, share.prefill_link_seconds) for share in found.per_device)
+
+
+def _ordered(task: _Task) -> _Task:
+    """Many workers behind links that differ are brought into a short order."""
+    if len(task.devices) - 1 <= N_ANY_ORDER or _is_one_link(task):
+        return task
+    order = nearest_order(task.hops(1)[0])
+    return replace(task, devices=(task.devices[0], *(task.devices[m] for m in order)))
+
+
+def _is_one_link(task: _Task) -> bool:
+    names = [device.name for device in task.devices]
+    return len({task.links.of(a, b) for a in names for b in names if a != b}) <= 1
+
+
+def _find(
+    task: _Task, tables: Callable[[float], list[Array]], bounds: list[Array], n_rounds: int, is_alike: bool
+) -> tuple[float, Route] | None:
+    """The best route and its value; `tables` gives costs over (first, end) of all whose bound is within a limit."""
+    seconds, uses = task.hops(n_rounds)
+    n_workers = len(task.devices) - 1
+    states = orders(n_workers, n_workers <= N_ANY_ORDER and not (is_alike and _is_one_link(task)))
+
+    def find(limit: float) -> Route | None:
+        return search(tables(limit), np.where(uses <= limit, seconds, np.inf), states)
+
+    if task.objective == "latency" and n_rounds == 1:  # the sum is never below its parts
+        route = find(np.inf)
+        return (route.total, route) if route else None
+    return least(find, np.concatenate([uses.ravel(), *(bound.ravel() for bound in bounds)]), task.weight)
+
+
+def _one_round(task: _Task) -> Plan | None:
+    costs, n = task.costs, task.costs.n_layers
+    tables = [exact(costs, d, i == 0, task.is_disk_allowed, task.n_tokens) for i, d in enumerate(task.devices)]
+    no_layer = np.where(np.eye(n + 1, dtype=bool), np.inf, 0.0)
+    for first, end in costs.barred:
+        no_layer[first, end] = np.inf
+    bests = [table.best + no_layer for table in tables]
+    is_alike = len(set(zip(costs.layer_bytes, costs.layer_type, strict=True))) == 1 and not costs.barred
+    found = _find(task, lambda limit: [np.where(best <= limit, best, np.inf) for best in bests], bests, 1, is_alike)
+    if found is None:
+        return None
+    windows, is_output_there = [], False
+    for stop in found[1].stops:
+        n_gpu, is_output_there = tables[stop.device].split(stop.first, stop.end)
+        windows.append(Window(task.devices[stop.device].name, stop.first, stop.end, n_gpu))
+    return _predict(task, windows, 1, is_output_there)
+
+
+def _several_rounds(task: _Task, n_rounds: int) -> Plan | None:
+    if task.costs.n_layers < n_rounds:
+        return None
+    tables = [
+        uniform(task.costs, d, i == 0, task.is_disk_allowed, n_rounds, task.n_tokens)
+        for i, d in enumerate(task.devices)
+    ]
+    found = _find(
+        task,
+        lambda limit: [shifted(table.best(limit)[0]) for table in tables],
+        [table.bound for table in tables],
+        n_rounds,
+        is_alike=True,
+    )
+    if found is None:
+        return None
+    value, route = found
+    parts = []
+    for stop in route.stops:
+        count, table = stop.end - stop.first, tables[stop.device]
+        parts.append((stop.device, count, *table.choices[int(table.best(value)[1][count])]))
+    windows = _spread(task, parts, n_rounds)
+    if any((window.first, window.end) in task.costs.barred for window in windows):
+        return None
+    return _predict(task, windows, n_rounds, parts[-1][3])
+
+
+def _spread(task: _Task, parts: list[tuple[int, int, int, bool]], n_rounds: int) -> list[Window]:
+    """Windows of each device, as equal as they can be, later rounds the larger; so too the layers on a GPU."""
+    windows, first = [], 0
+    for i in range(n_rounds):
+        for device, count, n_gpu, _ in parts:
+            sizes = [(r + 1) * count // n_rounds - r * count // n_rounds for r in range(n_rounds)]
+            n_cpu = [0] * n_rounds
+            for _ in range(count - n_gpu):
+                free = [r for r in range(n_rounds) if n_cpu[r] < sizes[r]]
+                n_cpu[min(free, key=n_cpu.__getitem__)] += 1
+            windows.append(Window(task.devices[device].name, first, first + sizes[i], sizes[i] - n_cpu[i]))
+            first += sizes[i]
+    return windows
+
+
+def _predict(task: _Task, windows: list[Window], n_rounds: int, is_output_there: bool) -> Plan | None:
+    """The plan of these windows with the true sizes of layers; None where they do not fit."""
+    found = forecast(
+        task.costs, task.devices, task.links, windows, n_rounds, is_output_there, task.is_disk_allowed, task.n_batch
+    )
+    if found is None:
+        return None
+    return Plan(tuple(windows), n_rounds, found.token_seconds, found.throughput_seconds, found.shares, task.n_batch)
+
+
+def _impossible(task: _Task) -> PlanImpossible:
+    costs, n = task.costs, len(task.devices)
+    there = sum(
+        max(0, device.memory_bytes - costs.scratch_bytes)
+        + (max(0, device.gpu_memory_bytes - costs.scratch_bytes) if has_gpu(device) else 0)
+        for device in task.devices
+    )
+    what = "the machine has" if n == 1 else f"the {n} machines have"
+    detail = "" if there < costs.needed_bytes else ", of which too little is in pieces large enough for the layers"
+    remedy = "" if task.is_disk_allowed else " or allow the disk to be used"
+    return PlanImpossible(
+        f"the model needs {costs.needed_bytes} bytes for weights and {costs.n_context} tokens of cache and {what} "
+        f"{there} free{detail}; add a machine, take a smaller quantisation or context{remedy}"
+    )

@@ -1,0 +1,241 @@
+"""Plans are the best there are: compared with every ring, every window and every number of GPU layers."""
+
+import itertools
+import math
+import random
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localreason.cluster.costs import Links
+from localreason.cluster.errors import PlanImpossible
+from localreason.cluster.forecast import forecast
+from localreason.cluster.plan import plan
+from localreason.cluster.variation import replicate, variations
+from tests.cluster.plans import best, costs, device, everything, random_case, worked_example
+
+
+@pytest.mark.parametrize("n_rounds", [1, 2])
+@pytest.mark.parametrize("objective", ["latency", "throughput", "two in flight"])
+def test_a_plan_is_as_good_as_the_best_of_all_rings(objective, n_rounds):
+    n_possible = 0
+    for seed in range(240):
+        model, devices, links, is_disk = random_case(seed, is_alike=n_rounds > 1)
+        keys = {
+            "latency": lambda pair: pair[0],
+            "throughput": lambda pair: (pair[1] * (1 + 1e-9), pair[0]),
+            "two in flight": lambda pair: max(pair[1], pair[0] / 2),
+        }
+        wanted = best(everything(model, devices, links, is_disk, n_rounds), keys[objective])
+        name, n = ("throughput", 2) if objective == "two in flight" else (objective, None)
+        try:
+            found = plan(model, devices, links, name, n, is_disk, rounds=n_rounds)
+        except PlanImpossible:
+            assert wanted is None, seed
+            continue
+        n_possible += 1
+        assert wanted is not None, seed
+        got = found.token_seconds, found.throughput_seconds
+        value = keys[objective](got)
+        assert value == pytest.approx(keys[objective](wanted), rel=1e-6), seed
+    assert n_possible > 100
+
+
+def test_one_order_is_enough_where_layers_and_links_are_alike():
+    for seed in range(150):
+        model, devices, _, is_disk = random_case(seed, is_alike=True)
+        links = Links(default=(seed % 5 / 10, 20.0))
+        wanted = best(everything(model, devices, links, is_disk), lambda pair: pair[0])
+        try:
+            found = plan(model, devices, links, is_disk_allowed=is_disk, rounds=1)
+        except PlanImpossible:
+            assert wanted is None, seed
+            continue
+        assert found.token_seconds == pytest.approx(wanted[0]), seed
+
+
+def test_many_workers_are_visited_from_the_nearest_to_the_next():
+    n = 10
+    devices = [device(f"d{i}", memory=30) for i in random.Random(2).sample(range(n), n)]
+    devices.sort(key=lambda d: d.name != "d0")
+    circle = {(f"d{i}", f"d{(i + 1) % n}"): (0.001 * (1 + i), 1e9) for i in range(n)}
+    found = plan(costs((20,) * n), devices, Links(circle, (9.0, 1e9)))
+    assert [share.name for share in found.per_device] == [*(f"d{i}" for i in range(1, n)), "d0"]
+
+
+def test_a_prefill_plan_has_the_least_slowest_stage():
+    for seed in range(100):
+        model, devices, links, _ = random_case(seed)
+        devices = [replace(d, gpu_speed=0.0, gpu_memory_bytes=0, gpu_name="", memory_bytes=1000) for d in devices]
+        found = plan(model, devices, links, "prefill", n_batch=8)
+        head, *workers = devices
+
+        def stage(one, layers, model=model):
+            return sum(8 * model.layer_bytes[i] / one.prefill_speed(model.layer_type[i]) for i in layers)
+
+        wanted = math.inf
+        for n in range(len(workers) + 1):
+            for chosen in itertools.permutations(workers, n):
+                ring = [*chosen, head]
+                hops = zip(ring, [*ring[1:], ring[0]], strict=True) if n else []
+                use = max((links.transfer_seconds(a.name, b.name, 32) for a, b in hops), default=0)
+                for cuts in itertools.combinations(range(1, model.n_layers), n):
+                    runs = itertools.pairwise([0, *cuts, model.n_layers])
+                    wanted = min(wanted, max(use, *(stage(d, range(*r)) for d, r in zip(ring, runs, strict=True))))
+        last, one = found.prefill_seconds(64 * 8), found.prefill_seconds(63 * 8)
+        hop = max(s.prefill_link_seconds for s in found.per_device)
+        assert last - one == pytest.approx(max(hop, *(s.prefill_seconds for s in found.per_device)))
+        assert max(s.prefill_seconds for s in found.per_device) <= wanted * (1 + 1e-9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 1 << 40), st.sampled_from(["latency", "throughput", "prefill"]), st.booleans())
+def test_windows_cover_all_layers_once_in_order_within_the_memory(seed, objective, is_disk):
+    model, devices, links, _ = random_case(seed)
+    try:
+        found = plan(model, devices, links, objective, is_disk_allowed=is_disk)
+    except PlanImpossible:
+        return
+    assert [layer for w in found.windows for layer in range(w.first, w.end)] == list(range(model.n_layers))
+    assert all(0 <= w.n_gpu_layers <= w.end - w.first and w.end > w.first for w in found.windows)
+    assert found.windows[-1].device == found.per_device[-1].name == devices[0].name
+    names = [share.name for share in found.per_device]
+    assert [w.device for w in found.windows] == names * found.n_rounds, "the same order in every round"
+    assert sum(share.n_layers for share in found.per_device) == model.n_layers
+    assert sum(share.weight_bytes for share in found.per_device) == sum(model.layer_bytes) + model.output_bytes
+    by_name = {d.name: d for d in devices}
+    for share in found.per_device:
+        one = by_name[share.name]
+        assert share.cache_bytes == share.n_layers * model.held_cache_bytes
+        if not is_disk:
+            most = one.memory_bytes + one.gpu_memory_bytes
+            assert share.reload_seconds == 0
+            assert share.weight_bytes + share.cache_bytes + model.scratch_bytes <= most
+    assert found.is_disk_used <= is_disk
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_plan_predicts_what_the_forecast_of_its_windows_says(seed):
+    model, devices, links, is_disk = random_case(seed)
+    try:
+        found = plan(model, devices, links, is_disk_allowed=is_disk)
+    except PlanImpossible:
+        return
+    there = found.per_device[-1].is_output_on_gpu
+    again = forecast(model, devices, links, found.windows, found.n_rounds, there, is_disk)
+    assert again is not None
+    assert again.token_seconds == found.token_seconds
+
+
+@pytest.mark.parametrize("is_disk", [False, True])
+def test_the_worked_example_of_the_reference_has_its_published_optimum(is_disk):
+    model, devices, links = worked_example()
+    found = plan(model, devices, links, is_disk_allowed=is_disk, rounds=1)
+    assert found.token_seconds * 1000 == pytest.approx(308.16, abs=0.01)
+    shares = {share.name: (share.n_layers, share.n_gpu_layers) for share in found.per_device}
+    assert shares == {"A": (7, 0), "B": (16, 12), "C": (5, 0)}
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+@pytest.mark.parametrize("n_gpus", [0, 16])
+def test_sixteen_devices_and_128_layers_are_planned_at_once(objective, n_gpus):
+    draw = random.Random(1)
+    devices = [
+        device(f"d{i}", 2000, draw.uniform(50, 200), *((500, 900.0) if i < n_gpus else (0, 0.0))) for i in range(16)
+    ]
+    pairs = {(f"d{i}", f"d{j}"): (draw.uniform(0, 0.01), 1e6) for i in range(16) for j in range(i)}
+    model = costs(tuple(draw.randint(90, 110) for _ in range(128)), n_context=4)
+    started = time.perf_counter()
+    found = plan(model, devices, Links(pairs), objective, rounds=1)
+    taken = time.perf_counter() - started
+    print(f"16 devices, 128 layers, {objective}, {n_gpus} GPUs: {taken:.3f} s")
+    assert len(found.per_device) > 1
+    assert taken < 0.5
+
+
+def test_what_fits_nowhere_is_refused_with_bytes_and_remedy():
+    with pytest.raises(PlanImpossible, match=r"needs 53 bytes .* the machine has 30 free; add a machine.*disk"):
+        plan(costs(), [device(memory=30)])
+    with pytest.raises(PlanImpossible, match=r"the 2 machines have 80 free, of which too little is in pieces"):
+        plan(costs((30, 30), cache=0), [device(memory=20), device("other", memory=60)])
+
+
+def test_a_cache_is_never_left_to_the_disk():
+    with pytest.raises(PlanImpossible):
+        plan(costs(n_context=100), [device(memory=90)], is_disk_allowed=True)
+
+
+def test_the_head_keeps_the_output_and_so_the_last_layer():
+    found = plan(costs(), [device(speed=1.0), device("fast", speed=1000.0)], Links(default=(0.0, 1e9)))
+    assert [(w.device, w.first, w.end) for w in found.windows] == [("fast", 0, 3), ("head", 3, 4)]
+    assert found.per_device[-1].weight_bytes == 15
+
+
+def test_a_slow_device_that_is_not_needed_is_left_out():
+    devices = [device(), device("fast", speed=20.0), device("slow", speed=0.1)]
+    found = plan(costs(), devices, Links(default=(0.01, 1e9)))
+    assert [share.name for share in found.per_device] == ["fast", "head"]
+    assert len(plan(costs(), devices, Links(default=(10.0, 1e9))).per_device) == 1, "links cost more than they bring"
+
+
+def test_the_order_of_the_ring_follows_the_links():
+    devices = [device(memory=30), *(device(name, memory=30) for name in "abc")]
+    near = [("head", "b"), ("b", "a"), ("a", "c"), ("c", "head")]
+    links = Links(dict.fromkeys(near, (0.001, 1e9)), (5.0, 1e9))
+    found = plan(costs((20,) * 4), devices, links)
+    assert [share.name for share in found.per_device] in (["b", "a", "c", "head"], ["c", "a", "b", "head"])
+
+
+def test_more_rounds_are_taken_only_where_reading_ahead_pays():
+    model, links = costs((10,) * 8, cache=0, output=0), Links(default=(0.001, 1e9))
+    tight = [device(memory=20, disk=8.0), device("other", memory=20, disk=8.0)]
+    one = plan(model, tight, links, is_disk_allowed=True, rounds=1)
+    free = plan(model, tight, links, is_disk_allowed=True)
+    assert free.n_rounds > 1
+    assert free.token_seconds < one.token_seconds
+    roomy = [replace(d, memory_bytes=100) for d in tight]
+    assert plan(model, roomy, links, is_disk_allowed=True).n_rounds == 1
+    assert plan(model, roomy, Links(default=(0.0, 1e9)), is_disk_allowed=True).n_rounds == 1, "one round wins ties"
+    alone = plan(model, tight[:1], links, is_disk_allowed=True)
+    assert alone.n_rounds == 1, "nobody computes while it reads"
+
+
+def test_rounds_can_be_fixed_and_remainders_are_spread():
+    model, devices = costs((10,) * 7), [device(memory=60), device("other", memory=60)]
+    found = plan(model, devices, Links(default=(0.01, 1e9)), rounds=3)
+    assert found.n_rounds == 3
+    assert found.n_hops == 6
+    assert [w.device for w in found.windows] == ["other", "head"] * 3
+    sizes = [w.end - w.first for w in found.windows]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_throughput_shares_work_out_where_latency_keeps_it_on_the_faster_machine():
+    devices, links = [device(speed=12.0), device("other")], Links(default=(0.01, 1e9))
+    assert len(plan(costs(), devices, links).per_device) == 1
+    full = plan(costs(), devices, links, "throughput")
+    assert len(full.per_device) == 2
+    assert full.throughput_seconds < plan(costs(), devices, links).throughput_seconds
+    assert len(plan(costs(), devices, links, "throughput", n_in_flight=1).per_device) == 1
+
+
+def test_replicas_add_their_speeds():
+    devices = [device(), device("fast", speed=30.0), device("small", memory=10)]
+    found = replicate(costs(), devices, n_samples=8)
+    assert found is not None
+    assert found.devices == ("fast", "head")
+    assert found.throughput_seconds == pytest.approx(1 / sum(1 / s for s in found.token_seconds))
+    assert replicate(costs(), devices, n_samples=1) is None
+    assert replicate(costs(), devices[:1], n_samples=4) is None
+
+
+def test_variations_tell_what_each_change_would_bring():
+    devices = [device(memory=40), device("other", memory=40)]
+    found = dict(variations(costs(), devices, alternatives={"as Q2_K": costs((5,) * 4)}))
+    assert found["without other"] is None
+    assert found["with the disk"] is not None
+    assert found["half the context"] < found["double the context"]
+    assert found["as Q2_K"] < plan(costs(), devices).token_seconds
