@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -162,6 +164,94 @@ def status(peers: Peers = None, is_json: Json = False) -> None:
         print(f"{row['name']:<20} {row['state']:<40} {link}")
     if not rows:
         print("no nodes are there")
+
+
+@app.command()
+def profile(
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, even if that was done this week.")] = False,
+    threads: Annotated[int | None, config.flag("threads")] = None,
+    is_json: Json = False,
+) -> None:
+    """Measure this machine: speed for each type of weights, memory, disk, GPU.
+
+    \b
+    Example:
+      localreason cluster profile --json > attic.json
+    """
+    from ..cluster.device import profile as measure
+    from ..runtime.llama import physical_cores
+    from .ring import make_home
+
+    settings = config.load({"threads": threads})
+    home = make_home(settings)
+    assert home.cache is not None
+    n_threads = settings.settings.threads or physical_cores()
+    device = measure(home.cache, n_threads, ["Q8_0", "Q4_K", "Q6_K", "F16"], home.identity.name, fresh)
+    if is_json:
+        print(json.dumps(json.loads(device.to_json()), indent=2))
+        return
+    for kind, speed in device.weight_speeds.items():
+        print(f"{kind:<8} {speed / 1e9:7.2f} GB/s of weights a token, with {device.n_threads} thread(s)")
+    print(f"memory   {device.memory_bandwidth / 1e9:7.2f} GB/s, {_size(device.memory_bytes)} free")
+    print(f"disk     {device.disk_sequential / 1e9:7.2f} GB/s in order, {device.disk_random / 1e9:.2f} at random")
+    print(f"GPU      {device.gpu_name or 'none in use'}")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A file, or a name of `localreason models list`.")],
+    devices: Annotated[
+        Path | None, typer.Option("--devices", help="Plan for the machines of this JSON file, the head first.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what other machines, contexts, files change.")
+    ] = False,
+    compare: Annotated[list[Path] | None, typer.Option("--compare", help="Another file to hold beside it.")] = None,
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="latency, throughput or prefill; unset: by --in-flight.")
+    ] = None,
+    in_flight: Annotated[int, typer.Option("--in-flight", min=1, max=256, help="Samples at once.")] = 1,
+    context: Annotated[int, typer.Option("--context", min=256, max=1 << 24, help="Tokens of the cache.")] = 4096,
+    cache_type: Annotated[str | None, config.flag("cache_type")] = None,
+    row_type: Annotated[str | None, config.flag("row_type")] = None,
+    rounds: Annotated[int | None, config.flag("rounds")] = None,
+    disk: Annotated[bool | None, config.flag("disk", "--disk/--no-disk")] = None,
+    peers: Peers = None,
+    is_json: Json = False,
+) -> None:
+    """Plan a model on the machines that are there, or on described ones, and say what to expect.
+
+    \b
+    Examples:
+      localreason cluster plan qwen3-1.7b --explain
+      localreason cluster plan model.gguf --devices home.json --in-flight 4 --json
+    """
+    from ..cluster.placing import Wish
+    from ..quant.gguf import ModelFile
+    from . import build, planning, ring
+
+    given = {"cache_type": cache_type, "row_type": row_type, "rounds": rounds, "disk": disk, "peers": peers}
+    settings = config.load({**given, "model": model})
+    chosen = settings.settings
+    file = ModelFile(build.find_model(settings, build.HuggingFace))
+    file.check_cut()
+    wish = Wish.of(in_flight, chosen.disk, chosen.rounds)
+    if objective is not None:
+        if objective not in ("latency", "throughput", "prefill"):
+            raise typer.BadParameter(f"{objective!r} is not latency, throughput or prefill", param_hint="--objective")
+        wish = replace(wish, objective=objective)
+    machines, links = planning.read_devices(devices) if devices else ring.measure_home(file, settings)
+    question = planning.Question(file, machines, links, wish, context, chosen.cache_type, chosen.row_type)
+    found = question.answer()
+    if is_json:
+        print(json.dumps(planning.as_json(question, found, explain, compare or []), indent=2))
+        return
+    print(
+        "\n".join(
+            planning.table(found, question.replicas())
+            + (planning.explain(question, found, compare or []) if explain else [])
+        )
+    )
 
 
 def _size(n_bytes: int) -> str:

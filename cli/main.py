@@ -52,6 +52,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "controls": ("controls", "List the controls of the thinking and the presets."),
     "node": ("node", "Lend this machine to the models of paired machines."),
     "cluster": ("cluster", "Pair, list and plan the home's machines."),
+    "doctor": ("doctor", "Measure this machine and look at its network."),
     "config": ("config", "Show the settings and where each comes from."),
 }
 """Command to module of this package and summary; a module holds a Typer `app` and is imported when it is called."""

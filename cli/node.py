@@ -76,7 +76,7 @@ async def _run(home: "Home", name: str, port: int, settings: config.Config, is_l
     folder = home.cache
 
     def measure(types: list[str]) -> str:
-        return profile(folder, name, n_threads, types).to_json()
+        return profile(folder, n_threads, types, name).to_json()
 
     node = Node(NodeOptions(name, n_threads, measure), home.store([settings.store]), home.gate, _show)
     pairing = PairingServer(home.identity, home.peers, _show)

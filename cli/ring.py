@@ -2,20 +2,21 @@
 
 import asyncio
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..cluster.costs import Links
+from ..cluster.device import Device, profile
 from ..cluster.errors import PlanImpossible
 from ..cluster.formation import HEAD, Assignment, Placement
 from ..cluster.home import Home, Seen
+from ..cluster.member import Member
+from ..cluster.placing import HEAD_NAME, Wish, model_costs, planned, types_of
 from ..cluster.ring import Placer, RingEngine, RingOptions
 from ..quant.gguf import ModelFile
 from ..runtime.llama import EngineOptions, load_tokenizer, physical_cores
 from ..runtime.model import Model
 from .config import Config
-
-if TYPE_CHECKING:
-    from ..cluster.member import Address
 
 LOOK_SECONDS = 2.0
 _N_CONTEXT = 4096
@@ -39,7 +40,8 @@ def find_nodes(home: Home, config: Config, types: list[str]) -> list[Seen]:
 
 
 def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
-    """The model on this machine and all paired nodes that are there; on this one alone where there are none.
+    """The model on this machine and the paired nodes that are there, as planned for the number of sequences; on this
+    one alone where that is expected to be best.
 
     Raises PlanImpossible, NodeBusy, ClusterError, ModelError, OutOfMemory.
     """
@@ -47,17 +49,25 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     file.check_cut()
     home = make_home(config)
     is_planned = config.settings.windows is None
-    nodes = find_nodes(home, config, sorted({t.type_name for t in file.tensors.values()}) if is_planned else [])
+    nodes = find_nodes(home, config, types_of(file) if is_planned else [])
     if not nodes:
         tell("no node can be used; this machine works alone")
         return Model.open(path, options)
-    addresses: list[Address] = [node.address for node in nodes if node.address is not None]
     n_context = options.n_context or min(options.n_needed or _N_CONTEXT, file.n_context_train * options.n_sequences)
     n_threads = options.n_threads or physical_cores()
-    place: Placer = named_windows(config.settings.windows or "", file)
+    if is_planned:
+        devices, links = measure_machines(file, home, nodes, config)
+        costs = model_costs(file, n_context, options.cache_type, config.settings.row_type)
+        wish = Wish.of(options.n_sequences, config.settings.disk, config.settings.rounds)
+        place = planned(costs, {device.name: device for device in devices}, links, wish)
+        if len(place([node.name for node in nodes]).windows) == 1:
+            tell("this machine alone is expected to be the fastest; --windows shares the layers all the same")
+            return Model.open(path, options)
+    else:
+        place = named_windows(config.settings.windows or "", file)
     ring = RingEngine(
         file,
-        addresses,
+        [replace(node.address, name=node.name) for node in nodes if node.address is not None],
         home.gate,
         home.store([path]),
         place,
@@ -76,6 +86,41 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     except BaseException:
         ring.close()
         raise
+
+
+def measure_machines(file: ModelFile, home: Home, nodes: list[Seen], config: Config) -> tuple[list[Device], Links]:
+    """This machine and the nodes as they were measured, the head first, and their links."""
+    assert home.cache is not None
+    n_threads = config.settings.threads or physical_cores()
+    devices = [profile(home.cache, n_threads, types_of(file), HEAD_NAME)]
+    for node in nodes:
+        assert node.reply is not None
+        devices.append(replace(Device.from_json(node.reply.device), name=node.name))
+    return devices, asyncio.run(measure_links(home, nodes))
+
+
+def measure_home(file: ModelFile, config: Config) -> tuple[list[Device], Links]:
+    """All machines that can be used now."""
+    home = make_home(config)
+    return measure_machines(file, home, find_nodes(home, config, types_of(file)), config)
+
+
+async def measure_links(home: Home, nodes: list[Seen]) -> Links:
+    """The links between this machine and each node, one after the other; between two nodes the slower of theirs."""
+    found: dict[str, tuple[float, float]] = {}
+    for node in nodes:
+        if node.address is not None:
+            member = Member(node.address, home.gate)
+            try:
+                seconds, width = await member.measure_link()
+                found[node.name] = (seconds / 2, width)
+            finally:
+                await member.release()
+    pairs = {(HEAD_NAME, name): link for name, link in found.items()}
+    for one in found:
+        for other in found:
+            pairs[one, other] = (max(found[one][0], found[other][0]), min(found[one][1], found[other][1]))
+    return Links(pairs)
 
 
 def named_windows(text: str, file: ModelFile) -> Placer:

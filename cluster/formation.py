@@ -33,10 +33,12 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Windows in the order of hops, the last one the head's; `is_disk_used` where weights do not fit into memory."""
+    """Windows in the order of hops, the last one the head's; `is_disk_used` where weights do not fit into memory,
+    `token_seconds` what a token of one sequence is expected to take, 0 where nothing is known."""
 
     windows: tuple[Assignment, ...]
     is_disk_used: bool = False
+    token_seconds: float = 0.0
 
     def check(self, file: ModelFile) -> None:
         """Raises PlanImpossible for a placement that is no ring."""

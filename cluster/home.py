@@ -4,7 +4,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import platformdirs
@@ -77,7 +77,17 @@ class Home:
         for one in seen:  # one that was both found and named, the usable of the two
             if one.id not in first or first[one.id].problem:
                 first[one.id] = one
-        return sorted(first.values(), key=lambda one: one.name)
+        names = [one.name for one in first.values()]
+        # A ring tells nodes apart by their names, and "head" is this machine.
+        return sorted(
+            (
+                replace(one, name=f"{one.name}-{one.id[:4]}")
+                if one.name == "head" or names.count(one.name) > 1
+                else one
+                for one in first.values()
+            ),
+            key=lambda one: one.name,
+        )
 
     async def _ask_found(self, found: Found, types: list[str]) -> Seen:
         problem = usability(found, PROTOCOL, self.peers.list(), self.identity.id)

@@ -359,8 +359,17 @@ class RingEngine:
     def close(self) -> None:
         """Leave the nodes idle and free everything; closing twice does nothing."""
         self._absent.clear()
+        if self._formation is not None and self.timing.n_batches:
+            self._tell(self._account())
         self._end_formation()
         self._background.close()
+
+    def _account(self) -> str:
+        """What was measured beside what was expected."""
+        milliseconds = 1000 * self.timing.seconds / self.timing.n_batches
+        expected = self.placement.token_seconds
+        beside = f"; a token of one sequence was expected to take {1000 * expected:.1f} ms" if expected else ""
+        return f"{self.timing.n_batches} batches in the ring, one each {milliseconds:.1f} ms{beside}"
 
     def __enter__(self) -> "RingEngine":
         return self

@@ -1,0 +1,364 @@
+"""The ring against one machine: each node a process with one thread, all on this machine, over mutual TLS.
+
+    python bench/ring.py MODEL.gguf --split 16,12 [--repeats 5] [--tokens 64] [--only decode,prefill]
+
+`--split` are the layers of the node and of the head, balanced for throughput: the output matrix counts too. The cases
+of a comparison take turns `--repeats` times; medians are given, and ratios within this run, for the machine is shared.
+The last line is JSON.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from record import describe_run
+
+from localreason.cluster.formation import HEAD, Assignment, Placement
+from localreason.cluster.gate import TlsGate
+from localreason.cluster.identity import Identity, Peers
+from localreason.cluster.member import Address
+from localreason.cluster.ring import RingEngine, RingOptions
+from localreason.cluster.store import Store
+from localreason.quant.gguf import ModelFile
+from localreason.runtime.decode import Request, decode
+from localreason.runtime.engine import Span
+from localreason.runtime.events import Token
+from localreason.runtime.formats import FORMATS
+from localreason.runtime.llama import EngineOptions, load, load_tokenizer
+from localreason.runtime.phase import PhaseTracker
+from localreason.runtime.sequence import Sequence
+
+TEXT = (
+    "A baker makes 12 trays of 18 rolls each morning. She sells three quarters of them by noon at 40 cents each and "
+    "the rest in the afternoon at half the price. Work out step by step how much money she takes in on one day. "
+)
+N_CONTEXT = 2048
+
+
+class Home:
+    """Nodes and a head in a temporary folder."""
+
+    def __init__(self, folder, n_nodes, model):
+        self.folder, self.model, self.file = folder, model, ModelFile(model)
+        self.head = Identity.load(folder / "head", "head")
+        self.gate = TlsGate(self.head, Peers(folder / "head"))
+        self.nodes = {}
+        for i in range(n_nodes):
+            self.start(f"n{i}")
+
+    def start(self, name):
+        node = Identity.load(self.folder / name, name)
+        Peers(self.folder / name).add(self.head.certificate)
+        Peers(self.folder / "head").add(node.certificate)
+        command = [
+            sys.executable,
+            "-c",
+            "from localreason.cli.main import run; run()",
+            "node",
+            "--loopback",
+            "--port",
+            "0",
+        ]
+        command += ["--threads", "1", "--name", name, "--folder", str(self.folder / name)]
+        command += ["--cache", str(self.folder / f"{name}-cache")]
+        log = (self.folder / f"{name}.log").open("w")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        port = int(re.search(r"\d+", process.stdout.readline())[0])
+        self.nodes[name] = (process, Address(name, "127.0.0.1", port, node.certificate.decode()))
+
+    def ring(self, windows, n_sequences=4, addresses=None, place=None, **options):
+        """An engine over `windows`, [(name, layers), ...] with the head last."""
+        bounds = np.cumsum([0, *(n for _, n in windows)]).tolist()
+        placement = Placement(tuple(Assignment(name, *bounds[i : i + 2]) for i, (name, _) in enumerate(windows)))
+        names = {name for name, _ in windows}
+        addresses = addresses or [address for name, (_, address) in self.nodes.items() if name in names]
+        store = Store(self.folder / "head-cache", 1 << 40, [self.model])
+        chosen = RingOptions(N_CONTEXT, n_sequences, **options)
+        return RingEngine(self.file, addresses, self.gate, store, place or (lambda _: placement), chosen)
+
+    def close(self):
+        for process, _ in self.nodes.values():
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+
+
+def run(engine, tokenizer, prompt, n_sequences, n_tokens):
+    """Seconds to the first token of all, and tokens a second of all sequences together after it."""
+    ends = [token for token in range(tokenizer.n_vocab) if tokenizer.is_end(token)]
+
+    def sample(row):
+        row[ends] = -np.inf
+        return int(row.argmax())
+
+    def requests():
+        for i in range(n_sequences):
+            sequence = Sequence(list(prompt), id=str(i), limit=n_tokens)
+            yield Request(sequence, PhaseTracker(FORMATS["none"], ""), sample, [])
+
+    started, first, n = time.perf_counter(), {}, 0
+    for event in decode(engine, tokenizer, requests()):
+        if isinstance(event, Token) and not event.is_continued:
+            now = time.perf_counter()
+            first.setdefault(event.sequence.id, now)
+            n += len(first) == n_sequences
+    ended = time.perf_counter()
+    begun = max(first.values())
+    return begun - started, (n - 1) / max(1e-9, ended - begun)
+
+
+def medians(cases, repeats):
+    """Median result of each case; the cases take turns."""
+    results = {name: [] for name in cases}
+    for case in cases.values():
+        case()  # a warm-up
+    for _ in range(repeats):
+        for name, case in cases.items():
+            results[name].append(case())
+    return {name: statistics.median(values) for name, values in results.items()}
+
+
+class Bench:
+    def __init__(self, options):
+        self.options = options
+        self.tokenizer = load_tokenizer(options.model)
+        ids = self.tokenizer.encode(TEXT * 40)
+        self.short, self.long = ids[:32], ids[:512]
+        self.node_layers, self.head_layers = map(int, options.split.split(","))
+        self.n_layers = self.node_layers + self.head_layers
+
+    def balanced(self):
+        return [("n0", self.node_layers), (HEAD, self.head_layers)]
+
+    def spread(self, names):
+        """Equal shares for nodes and the head, the head's smaller by what its output matrix takes."""
+        share = self.n_layers - self.head_layers
+        per_node = max(1, round(self.n_layers / (len(names) + self.head_layers / share)))
+        windows = [(name, per_node) for name in names]
+        return [*windows, (HEAD, self.n_layers - per_node * len(names))]
+
+    def whole(self, n_sequences=4):
+        return load(self.options.model, EngineOptions(N_CONTEXT, n_sequences, 1, n_gpu_layers=0))[0]
+
+    def speed(self, engine, n_sequences):
+        return lambda: run(engine, self.tokenizer, self.short, n_sequences, self.options.tokens)[1]
+
+    def decode(self, home):
+        with contextlib.closing(self.whole()) as whole, home.ring(self.balanced(), n_threads=1) as ring:
+            found = medians(
+                {
+                    "whole, 1": self.speed(whole, 1),
+                    "ring, 1": self.speed(ring, 1),
+                    "ring, 2": self.speed(ring, 2),
+                    "ring, 4": self.speed(ring, 4),
+                    "whole, 2": self.speed(whole, 2),
+                    "whole, 4": self.speed(whole, 4),
+                },
+                self.options.repeats,
+            )
+        return {
+            "tokens_per_second": found,
+            "ring_1_to_whole_1": found["ring, 1"] / found["whole, 1"],
+            "ring_2_to_ring_1": found["ring, 2"] / found["ring, 1"],
+            "ring_4_to_ring_1": found["ring, 4"] / found["ring, 1"],
+            "ring_4_to_whole_4": found["ring, 4"] / found["whole, 4"],
+        }
+
+    def prefill(self, home):
+        with contextlib.closing(self.whole(1)) as whole, home.ring(self.balanced(), 1, n_threads=1) as ring:
+            found = medians(
+                {
+                    "whole": lambda: run(whole, self.tokenizer, self.long, 1, 1)[0],
+                    "ring": lambda: run(ring, self.tokenizer, self.long, 1, 1)[0],
+                },
+                self.options.repeats,
+            )
+        return {"seconds_for_512_tokens": found, "ring_to_whole_speed": found["whole"] / found["ring"]}
+
+    def rounds(self, home):
+        cases = {}
+        for k in (1, 2, 4):
+            windows = []
+            for i in range(k):
+                windows.append(("n0", self.node_layers * (i + 1) // k - self.node_layers * i // k))
+                windows.append((HEAD, self.head_layers * (i + 1) // k - self.head_layers * i // k))
+            with home.ring(windows, n_threads=1) as ring:  # one after the other: a node serves one ring
+                cases[f"{k} rounds, 1"] = medians({"": self.speed(ring, 1)}, self.options.repeats)[""]
+                cases[f"{k} rounds, 4"] = medians({"": self.speed(ring, 4)}, self.options.repeats)[""]
+        return {"tokens_per_second": cases}
+
+    def nodes(self, home):
+        cases = {}
+        for n in (1, 2, 3):
+            names = [f"n{i}" for i in range(n)]
+            with home.ring(self.spread(names), n_threads=1) as ring:
+                for m in (1, 4):
+                    found = medians({"": self.speed(ring, m)}, self.options.repeats)[""]
+                    cases[f"{n + 1} nodes, {m} in flight"] = found
+        return {"tokens_per_second": cases}
+
+    def delay(self, home):
+        """A proxy between the machines holds every byte back for 3 ms in each direction."""
+        _, address = home.nodes["n0"]
+        ready = multiprocessing.Queue()
+        proxy = multiprocessing.Process(target=_proxy, args=(address.port, 0.003, ready), daemon=True)
+        proxy.start()
+        far = Address(address.name, "127.0.0.1", ready.get(timeout=10), address.certificate)
+        cases = {}
+        try:
+            for name, addresses in (("near", [address]), ("3 ms away", [far])):
+                with home.ring(self.balanced(), addresses=addresses, n_threads=1) as ring:
+                    for m in (1, 2, 4):
+                        cases[f"{name}, {m}"] = medians({"": self.speed(ring, m)}, self.options.repeats)[""]
+        finally:
+            proxy.terminate()
+        return {"tokens_per_second": cases}
+
+    def recovery(self, home):
+        """kill -9 in mid-answer: the longest wait for a token, and whether the answer stayed the same."""
+
+        def place(names):
+            names = [*names, HEAD]
+            bounds = [self.n_layers * i // len(names) for i in range(len(names) + 1)]
+            return Placement(tuple(Assignment(n, *bounds[i : i + 2]) for i, n in enumerate(names)))
+
+        def answer(ring, kill_at=None):
+            tokens, times = [], []
+            prompt = Request(
+                Sequence(list(self.short), id="0", limit=64),
+                PhaseTracker(FORMATS["none"], ""),
+                lambda row: int(row.argmax()),
+                [],
+            )
+            for event in decode(ring, self.tokenizer, [prompt]):
+                if isinstance(event, Token) and not event.is_continued:
+                    tokens.append(event.id)
+                    times.append(time.perf_counter())
+                    if len(tokens) == kill_at:
+                        os.kill(home.nodes["n1"][0].pid, signal.SIGKILL)
+            return tokens, max(b - a for a, b in pairwise(times))
+
+        addresses = [home.nodes[name][1] for name in ("n0", "n1")]
+        started = time.perf_counter()
+        with home.ring([("n0", 1), (HEAD, self.n_layers - 1)], addresses=addresses, place=place, n_threads=1) as ring:
+            first, sent_first = time.perf_counter() - started, ring.n_sent_bytes
+            expected, usual = answer(ring)
+        started = time.perf_counter()
+        with home.ring([("n0", 1), (HEAD, self.n_layers - 1)], addresses=addresses, place=place, n_threads=1) as ring:
+            second, sent_second = time.perf_counter() - started, ring.n_sent_bytes
+            tokens, pause = answer(ring, 32)
+            recovered = ring.timing.recoveries
+        home.start("n1")
+        return {
+            "start_seconds": {"first": first, "second": second},
+            "weight_bytes_sent": {"first": sent_first, "second": sent_second},
+            "same_tokens": tokens == expected,
+            "pause_seconds": pause,
+            "longest_wait_without_loss_seconds": usual,
+            "recovery_seconds": recovered[0][1],
+        }
+
+    def rows(self, home):
+        """What smaller activations change: divergence of the next-token distribution over a text, in nats."""
+
+        def distributions(row_type):
+            with home.ring(self.balanced(), 1, n_threads=1, row_type=row_type) as ring:
+                rows = []
+                for start in range(0, 256, 64):
+                    rows.append(np.array(ring.decode([Span(0, start, self.long[start : start + 64], 64)])))
+                return np.concatenate(rows).astype(np.float64)
+
+        def log_softmax(x):
+            x = x - x.max(axis=1, keepdims=True)
+            return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+        exact = log_softmax(distributions("f32"))
+        found = {}
+        for row_type in ("f16", "i8"):
+            other = log_softmax(distributions(row_type))
+            divergence = (np.exp(exact) * (exact - other)).sum(axis=1)
+            found[row_type] = {
+                "mean_kl": float(divergence.mean()),
+                "most_kl": float(divergence.max()),
+                "same_top": float((exact.argmax(1) == other.argmax(1)).mean()),
+            }
+        return found
+
+
+def _proxy(port, delay, ready):
+    async def pipe(reader, writer):
+        waiting = asyncio.Queue()
+
+        async def later():
+            while True:
+                due, data = await waiting.get()
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                if not data:
+                    writer.close()
+                    return
+                writer.write(data)
+
+        task = asyncio.create_task(later())
+        while data := await reader.read(1 << 16):
+            waiting.put_nowait((time.perf_counter() + delay, data))
+        waiting.put_nowait((0, b""))
+        await task
+
+    async def accept(reader, writer):
+        there = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(OSError):
+            await asyncio.gather(pipe(reader, there[1]), pipe(there[0], writer))
+
+    async def main():
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        ready.put(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(main())
+
+
+def main():
+    names = ("recovery", "decode", "prefill", "rounds", "nodes", "delay", "rows")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--split", required=True, help="layers of the node and of the head, e.g. 16,12")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--only", default=",".join(names))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    bench = Bench(options)
+    record = {
+        **describe_run(options.model),
+        "split": options.split,
+        "repeats": options.repeats,
+        "tokens": options.tokens,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home(Path(folder), 3, options.model)
+        try:
+            for name in options.only.split(","):
+                started = time.perf_counter()
+                record[name] = getattr(bench, name)(home)
+                print(f"{name}: {json.dumps(record[name])} ({time.perf_counter() - started:.0f} s)", flush=True)
+                if options.out:
+                    options.out.write_text(json.dumps(record, indent=1) + "\n")
+        finally:
+            home.close()
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

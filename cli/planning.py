@@ -1,0 +1,139 @@
+"""`localreason cluster plan`: which machine would run which layers, and what to expect of it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..cluster.costs import Links, ModelCosts
+from ..cluster.device import Device
+from ..cluster.errors import ProtocolError
+from ..cluster.placing import HEAD_NAME, Wish, model_costs
+from ..cluster.plan import ROUNDS, Plan
+from ..cluster.variation import Replicas, replicate, variations
+from ..quant.gguf import ModelFile
+from ..runtime.errors import InputError
+
+_N_PROMPT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is to be planned: a file on machines, the head first."""
+
+    file: ModelFile
+    devices: list[Device]
+    links: Links
+    wish: Wish
+    n_context: int
+    cache_type: str
+    row_type: str
+
+    def costs(self) -> ModelCosts:
+        return model_costs(self.file, self.n_context, self.cache_type, self.row_type)
+
+    def answer(self) -> Plan:
+        """Raises PlanImpossible."""
+        return self.wish.plan(self.costs(), self.devices, self.links)
+
+    def variations(self, others: Sequence[Path]) -> list[tuple[str, float | None]]:
+        """What would be otherwise, and seconds of a token then, None where it does not fit."""
+        files = {f"with {path.name}": replace(self, file=ModelFile(path)).costs() for path in others}
+        wish = self.wish
+        return variations(
+            self.costs(),
+            self.devices,
+            self.links,
+            wish.objective,
+            wish.n_in_flight,
+            wish.is_disk_allowed,
+            wish.rounds or ROUNDS,
+            files,
+        )
+
+    def replicas(self) -> Replicas | None:
+        """Copies of the whole model in place of a ring, where several samples are wanted and they fit."""
+        n = self.wish.n_in_flight
+        return replicate(self.costs(), self.devices, n, self.wish.is_disk_allowed) if n else None
+
+
+def read_devices(path: Path) -> tuple[list[Device], Links]:
+    """A described cluster: `devices`, the head first, and `links` of `from`, `to`, `seconds`, `bytes_per_second`.
+
+    Devices are as `localreason cluster profile --json` prints them. Raises InputError.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        devices = [Device.from_json(json.dumps(item)) for item in found["devices"]]
+        pairs = {
+            (str(item["from"]), str(item["to"])): (float(item["seconds"]), float(item["bytes_per_second"]))
+            for item in found.get("links", [])
+        }
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ProtocolError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise InputError(
+            f"{path} does not describe machines: {reason}; see `localreason cluster profile --json`"
+        ) from error
+    names = [device.name for device in devices]
+    if not devices or len(set(names)) < len(names):
+        raise InputError(f"{path} names the machines {', '.join(names) or 'none'}; give one or more of different names")
+    if any(not (0 <= s < 1e6 and 0 < width < 1e15) for s, width in pairs.values()):
+        raise InputError(f"{path} has a link of impossible seconds or bytes per second; correct it")
+    devices[0] = replace(devices[0], name=HEAD_NAME)
+    pairs = {tuple(HEAD_NAME if end == names[0] else end for end in ends): link for ends, link in pairs.items()}
+    return devices, Links(pairs)  # pyright: ignore[reportArgumentType] - pairs of names stay pairs
+
+
+def table(found: Plan, replicas: Replicas | None) -> list[str]:
+    """The plan for a person."""
+    lines = [
+        f"{'machine':<16} {'layers':<20} {'on GPU':>6} {'weights':>10} {'cache':>10} {'busy ms':>8} {'link ms':>8}"
+    ]
+    for share in found.per_device:
+        layers = ", ".join(f"{w.first}-{w.end - 1}" for w in found.windows if w.device == share.name)
+        lines.append(
+            f"{share.name:<16} {layers:<20} {share.n_gpu_layers:>6} {_mib(share.weight_bytes):>10} "
+            f"{_mib(share.cache_bytes):>10} {share.busy_seconds * 1000:>8.2f} {share.link_seconds * 1000:>8.2f}"
+        )
+    token, full = found.token_seconds, found.throughput_seconds
+    lines.append("")
+    lines.append(f"{found.n_rounds} round(s) a token; expected {token * 1000:.1f} ms a token, {1 / token:.1f} a second")
+    if len(found.per_device) > 1:
+        lines.append(f"with the ring kept full by several samples: {1 / full:.1f} tokens a second together")
+    if replicas is not None:
+        names = ", ".join(replicas.devices)
+        lines.append(f"whole copies on {names} instead: {1 / replicas.throughput_seconds:.1f} tokens a second together")
+    lines.append(f"a prompt of {_N_PROMPT} tokens: {found.prefill_seconds(_N_PROMPT):.1f} s")
+    if found.is_disk_used:
+        lines.append("weights are read from disk again for each token")
+    return lines
+
+
+def explain(question: Question, found: Plan, others: Sequence[Path]) -> list[str]:
+    """The variations for a person."""
+    lines = ["", "what would change:"]
+    for text, seconds in question.variations(others):
+        if seconds is None:
+            lines.append(f"  {text:<32} does not fit")
+        else:
+            lines.append(
+                f"  {text:<32} {seconds * 1000:8.1f} ms a token, {seconds / found.token_seconds:.2f} times this"
+            )
+    return lines
+
+
+def as_json(question: Question, found: Plan, is_explained: bool, others: Sequence[Path]) -> dict[str, Any]:
+    """The plan for a program."""
+    replicas = question.replicas()
+    answer = asdict(found) | {"replicas": asdict(replicas) if replicas else None}
+    answer |= {"prefill_seconds": found.prefill_seconds(_N_PROMPT), "is_disk_used": found.is_disk_used}
+    if is_explained:
+        answer["variations"] = [{"change": text, "token_seconds": s} for text, s in question.variations(others)]
+    return answer
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.0f} MiB"

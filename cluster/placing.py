@@ -1,0 +1,115 @@
+"""From a model file and measured machines to the windows of a ring: what the planner must know, and its answer."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..quant.gguf import ModelFile
+from ..runtime.room import cell_bytes
+from .costs import Links, ModelCosts
+from .device import Device
+from .formation import HEAD, Assignment, Placement
+from .plan import ROUNDS, Objective, Plan, plan
+
+HEAD_NAME = "head"
+"""The head's name among devices."""
+_VALUE_BYTES = {"f32": 4, "f16": 2, "i8": 1}
+_N_READ = 1024
+"""Tokens of context that a typical step reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a plan is to be good at."""
+
+    objective: Objective = "latency"
+    n_in_flight: int | None = None
+    is_disk_allowed: bool = False
+    rounds: int = 0
+    """0 leaves the choice to the plan."""
+    n_batch: int = 64
+
+    @classmethod
+    def of(cls, n_sequences: int, is_disk_allowed: bool = False, rounds: int = 0, n_batch: int = 64) -> "Wish":
+        """One sequence asks for latency, several for throughput."""
+        if n_sequences == 1:
+            return cls("latency", None, is_disk_allowed, rounds, n_batch)
+        return cls("throughput", n_sequences, is_disk_allowed, rounds, n_batch)
+
+    def plan(self, costs: ModelCosts, devices: Sequence[Device], links: Links) -> Plan:
+        """The best ring, the head being the first device. Raises PlanImpossible."""
+        return plan(
+            costs,
+            devices,
+            links,
+            self.objective,
+            self.n_in_flight,
+            self.is_disk_allowed,
+            self.rounds or ROUNDS,
+            self.n_batch,
+        )
+
+
+def model_costs(
+    file: ModelFile, n_context: int, cache_type: str, row_type: str = "f32", n_batch: int = 64
+) -> ModelCosts:
+    """What the layers of a file weigh, with a cache of `n_context` cells."""
+    layers = [file.layer(i) for i in range(file.n_layers)]
+    kinds = []
+    for layer in layers:
+        weighed = Counter[str]()
+        for tensor in layer:
+            weighed[tensor.type_name] += tensor.n_bytes
+        kinds.append(weighed.most_common(1)[0][0])
+    n_ff = max((t.shape[-1] for layer in layers for t in layer if "ffn_up" in t.name), default=4 * file.n_embd)
+    barred = frozenset(
+        (first, end)
+        for first in range(file.n_layers)
+        for end in range(first + 1, file.n_layers + 1)
+        if not file.is_window(first, end)
+    )
+    return ModelCosts(
+        layer_bytes=tuple(sum(tensor.n_bytes for tensor in layer) for layer in layers),
+        layer_type=tuple(kinds),
+        cache_bytes=int(cell_bytes(file.header.values, cache_type) / file.n_layers),
+        n_context=n_context,
+        output_bytes=file.output.n_bytes,
+        output_type=file.output.type_name,
+        embedding_bytes=file.embedding.n_bytes,
+        n_embd=file.n_embd,
+        scratch_bytes=4 * n_batch * (8 * file.n_embd + 3 * n_ff + file.n_vocab) + (32 << 20),
+        n_read=min(n_context, _N_READ),
+        value_bytes=_VALUE_BYTES[row_type],
+        barred=barred,
+    )
+
+
+def types_of(file: ModelFile) -> list[str]:
+    """The types of weights whose speed decides."""
+    large = [tensor.type_name for tensor in file.tensors.values() if len(tensor.shape) > 1]
+    return [name for name, _ in Counter(large).most_common(4)]
+
+
+def placement_of(found: Plan) -> Placement:
+    """The plan as a ring is formed by it."""
+    is_output_on_gpu = found.per_device[-1].is_output_on_gpu
+    windows = []
+    for i, window in enumerate(found.windows):
+        # llama.cpp counts the output as the first layer that goes to the GPU; a stub of it is in every window.
+        is_last = i == len(found.windows) - 1
+        n_gpu = window.n_gpu_layers + 1 if window.n_gpu_layers or (is_last and is_output_on_gpu) else 0
+        windows.append(
+            Assignment(HEAD if window.device == HEAD_NAME else window.device, window.first, window.end, n_gpu)
+        )
+    return Placement(tuple(windows), found.is_disk_used, found.token_seconds)
+
+
+def planned(
+    costs: ModelCosts, devices: Mapping[str, Device], links: Links, wish: Wish
+) -> Callable[[list[str]], Placement]:
+    """A placer that plans anew for whoever is there. `devices` by name, the head's by `HEAD_NAME`."""
+
+    def place(names: list[str]) -> Placement:
+        return placement_of(wish.plan(costs, [devices[HEAD_NAME], *(devices[name] for name in names)], links))
+
+    return place
