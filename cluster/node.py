@@ -247,8 +247,9 @@ class Node(service.RingServicer):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such session")
             return
         if words.get("role") == "out":
-            while True:
-                yield await session.results.get()
+            while (step := await session.results.get()) is not None:
+                yield step
+            return
         try:
             async for step in request_iterator:
                 session.take(step)
@@ -300,8 +301,7 @@ async def _pump(session: Session, channel: grpc.aio.Channel) -> None:
     """Send results to the next node for as long as it takes them."""
     call = service.RingStub(channel).Flow(metadata=(("session-bin", session.terms.id), ("role", "in")))
     try:
-        while True:
-            step = await session.results.get()
+        while (step := await session.results.get()) is not None:
             await asyncio.wait_for(call.write(step), _STEP_SECONDS)
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
         raise NodeLost(f"the next node of the ring takes nothing any more: {type(error).__name__}") from error

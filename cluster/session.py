@@ -48,11 +48,11 @@ class Terms:
 
 
 class Session:
-    """Runs steps on a thread of its own; `results` has what leaves, `failure` is set once it cannot go on."""
+    """Runs steps on a thread of its own; `results` has what leaves, then None; `failure` is set once it cannot go on."""
 
     def __init__(self, terms: Terms, n_threads: int) -> None:
         self.terms = terms
-        self.results: asyncio.Queue[wire.Step] = asyncio.Queue()
+        self.results: asyncio.Queue[wire.Step | None] = asyncio.Queue()
         self.failure: asyncio.Future[LocalReasonError] = asyncio.get_running_loop().create_future()
         self.busy_seconds = 0.0
         self._n_threads = n_threads
@@ -134,6 +134,7 @@ class Session:
     def close(self) -> None:
         """Free the windows once the running step is done. Blocks."""
         self._inbox.put(None)
+        self._call(self.results.put_nowait, None)
         if self._thread.is_alive():
             self._thread.join()
         for hop in self._hops.values():

@@ -1,0 +1,160 @@
+"""The cluster's commands as a user gives them, with real nodes on this machine."""
+
+import json
+import subprocess
+
+import pytest
+
+from localreason.cluster.device import Device
+from localreason.cluster.identity import Identity
+from tests.cluster.processes import RUN, NodeProcess
+from tests.gguf_models import write_model
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a command line in a process of its own, as the head of a home in a temporary folder."""
+    monkeypatch.setenv("LOCALREASON_CONFIG", str(tmp_path / "config.toml"))
+    (tmp_path / "config.toml").write_text("")
+    monkeypatch.setenv("LOCALREASON_CLUSTER_FOLDER", str(tmp_path / "laptop"))
+    monkeypatch.setenv("LOCALREASON_CLUSTER_CACHE", str(tmp_path / "laptop-cache"))
+    monkeypatch.setenv("LOCALREASON_STORE", str(tmp_path / "store"))
+
+    def run(*words, code=0):
+        done = subprocess.run([*RUN, *map(str, words)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, (done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        return done.stdout, done.stderr
+
+    return run
+
+
+def test_pair_list_solve_and_unpair(run, tmp_path):
+    model = write_model(tmp_path / "tiny.gguf", n_layers=4, values={"llama.context_length": 4096})
+    with NodeProcess(tmp_path, "attic") as node:
+        here = f"127.0.0.1:{node.port}"
+        assert "is not paired: run `localreason cluster pair" in run("cluster", "list", "--peer", here)[0]
+        pairing = subprocess.Popen(
+            [*RUN, "cluster", "pair", here],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        code = node.wait_for("the code is").split("the code is ")[1][:7]
+        said, _ = pairing.communicate(code + "\n", timeout=30)
+        assert pairing.returncode == 0
+        assert "paired with attic" in said
+        assert "ready" in run("cluster", "list", "--peer", here)[0]
+        rows = json.loads(run("cluster", "status", "--peer", here, "--json")[0])
+        assert rows[0]["round_trip_ms"] > 0
+        question = ["solve", "What is 2 + 3?", "--model", model, "--max-tokens", "12", "-q", "--temperature", "0"]
+        alone, _ = run(*question)
+        shared, notes = run(*question, "--cluster", "--peer", here, "--windows", "attic=3,head=1")
+        assert shared == alone
+        assert "attic 0-2, laptop" in notes.replace(Identity.load(tmp_path / "laptop").name, "laptop")
+        planned, notes = run(*question, "--cluster", "--peer", here)
+        assert planned == alone
+        assert "this machine alone is expected to be the fastest" in notes
+        assert "1 files" in run("cluster", "cache")[0]
+        assert "bytes were freed" in run("cluster", "cache", "--clear")[0]
+        run("cluster", "unpair", "attic")
+        assert "is not paired" in run(*question, "--cluster", "--peer", here)[1]
+
+
+def test_a_wrong_code_pairs_nobody(run, tmp_path):
+    with NodeProcess(tmp_path, "attic") as node:
+        _, said = run("cluster", "pair", f"127.0.0.1:{node.port}", "--code", "000 000", code=1)
+        assert "the code is wrong" in said
+        assert "not paired" in run("cluster", "list", "--peer", f"127.0.0.1:{node.port}")[0]
+
+
+def described(tmp_path, *gibibytes):
+    devices = [
+        json.loads(
+            Device(
+                name=f"machine{i}",
+                memory_bytes=int(size * GIB),
+                weight_speeds={"F32": 10e9},
+                prefill_speeds={"F32": 400e9},
+                memory_bandwidth=20e9,
+            ).to_json()
+        )
+        for i, size in enumerate(gibibytes)
+    ]
+    path = tmp_path / "home.json"
+    path.write_text(json.dumps({"devices": devices}))
+    return path
+
+
+def test_a_plan_for_described_machines(run, tmp_path):
+    model = write_model(tmp_path / "tiny.gguf", n_layers=6)
+    home = described(tmp_path, 8, 8)
+    text, _ = run("cluster", "plan", model, "--devices", home, "--explain", "--in-flight", "2")
+    assert "without machine1" in text
+    assert "one more like machine1" in text
+    assert "whole copies on" in text
+    found = json.loads(run("cluster", "plan", model, "--devices", home, "--json", "--explain")[0])
+    assert [window["end"] for window in found["windows"]][-1] == 6
+    assert found["token_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "does not describe machines"),
+        ("[]", "does not describe machines"),
+        ('{"devices": []}', "names the machines none"),
+        ('{"devices": [{"name": "x"}]}', "missing or unknown fields"),
+    ],
+)
+def test_a_file_that_describes_no_machines_is_one_sentence(run, tmp_path, text, match):
+    (tmp_path / "home.json").write_text(text)
+    model = write_model(tmp_path / "tiny.gguf")
+    _, said = run("cluster", "plan", model, "--devices", tmp_path / "home.json", code=4)
+    assert match in said
+
+
+def test_a_model_that_fits_nowhere_says_what_is_missing(run, tmp_path):
+    model = write_model(tmp_path / "tiny.gguf", n_layers=6)
+    _, said = run("cluster", "plan", model, "--devices", described(tmp_path, 0.00001), code=1)
+    assert "the model needs" in said
+    assert "add a machine" in said
+
+
+@pytest.mark.parametrize(
+    ("windows", "match"),
+    [
+        ("attic", "is not NAME=LAYERS"),
+        ("attic=1,head=1", "have 2 layers"),
+        ("head=2,attic=2", "ends with attic|end with"),
+    ],
+)
+def test_windows_that_do_not_add_up_are_refused(run, tmp_path, windows, match):
+    model = write_model(tmp_path / "tiny.gguf", n_layers=4)
+    with NodeProcess(tmp_path, "attic", _head(tmp_path)) as node:
+        here = f"127.0.0.1:{node.port}"
+        _, said = run("solve", "x", "--model", model, "--cluster", "--peer", here, "--windows", windows, code=1)
+    assert any(part in said for part in match.split("|"))
+
+
+def _head(tmp_path):
+    from tests.cluster.processes import Head
+
+    return Head(tmp_path)
+
+
+def test_a_model_that_cannot_be_cut_is_refused(run, tmp_path):
+    model = write_model(tmp_path / "m.gguf", "mamba")
+    _, said = run("solve", "x", "--model", model, "--cluster", code=3)
+    assert "'mamba' is not known to give the same answers" in said
+
+
+def test_plain_text_needs_loopback_and_a_wrong_peer_is_one_sentence(run, tmp_path):
+    assert "give --loopback with it" in run("node", "--plaintext", code=4)[1]
+    assert "port" in run("cluster", "list", "--peer", "x:99999", code=4)[1]
+    with NodeProcess(tmp_path, "attic") as node:
+        _, said = run("node", "--loopback", "--port", node.port, "--folder", tmp_path / "b", code=1)
+        assert "the port cannot be used" in said
