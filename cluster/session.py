@@ -48,7 +48,7 @@ class Terms:
 
 
 class Session:
-    """Runs steps on a thread of its own; `results` has what leaves, then None; `failure` is set once it cannot go on."""
+    """Runs steps on a thread of its own. `results` has what leaves, at the end None; `failure` says why it ended."""
 
     def __init__(self, terms: Terms, n_threads: int) -> None:
         self.terms = terms

@@ -13,6 +13,10 @@ _LONGEST = 400
 """Characters of an answer that are compared mathematically; longer ones are compared as text."""
 _LEADS = re.compile(r"(?:final answer(?: is)?|the answer is|answer)\**\s*[:=]?\s*\**\s*", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:\s*/\s*\d+)?")
+_RESULT = re.compile(
+    r"[^\n=]*[-+*/×÷^][^\n=]*(?:=[^\n=]*)*?=\s*\**\s*(-?\$?\d+(?:,\d{3})*(?:\.\d+)?)(?=[.\s*$]*$)", re.MULTILINE
+)
+"""A calculation up to the end of its line: `12 + 7 = 19`."""
 _CHOICE = re.compile(r"\(?([A-J])\)?(?=[.,:*\s]*$)", re.MULTILINE)
 _FORMULA = re.compile(r"\$([^$\n]+)\$(?!\d)")
 _PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
@@ -42,6 +46,9 @@ def extract(text: str) -> str | None:
         formula = _FORMULA.match(text, lead.end())
         if formula:
             return formula.group(1).strip()
+        result = _RESULT.match(text, lead.end())
+        if result:
+            return result.group(1)
         number = _NUMBER.match(text, lead.end())
         if number:
             return number.group().strip()
