@@ -1,10 +1,12 @@
 """Each preset on the same problems with the same seeds: accuracy, tokens, time.
 
     python bench/controls.py MODEL.gguf PROBLEMS.jsonl [--limit 100] [--parallel 4] [--presets safe,fast]
+    python bench/controls.py MODEL.gguf PROBLEMS.jsonl --merge REPLIES.jsonl REPLIES2.jsonl --out FILE.json
 
 Problems are JSONL with `problem` and `answer`. Presets take turns problem by problem, so that a machine that becomes
 slower does so for all. Ends after `--seconds` at a whole round. Every reply is written to `--replies`, the summary to
-`--out`; the last line is JSON.
+`--out`; the last line is JSON. `--merge` joins the replies of runs over parts of the problems with the same recipes;
+the seconds are then of the first file alone.
 """
 
 import argparse
@@ -74,6 +76,38 @@ def summarise(rows):
     }
 
 
+def merge(files, rows):
+    """Replies of all files, each problem once; the seconds of the first file only."""
+    seen, n_first = set(), {}
+    for number, file in enumerate(files):
+        for row in map(json.loads, file.read_text().splitlines()):
+            if (row["preset"], row["id"]) not in seen:
+                seen.add((row["preset"], row["id"]))
+                if number:
+                    row.pop("round_seconds", None)
+                rows[row["preset"]].append(row)
+        if not number:
+            n_first = {name: len(all) for name, all in rows.items()}
+    common = set.intersection(*({row["id"] for row in all} for all in rows.values()))
+    summary = {}
+    for name, all in rows.items():
+        summary[name] = summarise([row for row in all if row["id"] in common])
+        summary[name]["seconds_per_problem"] = round(
+            sum(row.get("round_seconds", 0.0) for row in all) / n_first[name], 2
+        )
+    return summary
+
+
+def describe(options, recipes, summary):
+    return {
+        **describe_run(options.model),
+        "problems": options.problems.name,
+        "recipes": {name: recipe.describe() for name, recipe in recipes.items()},
+        "parallel": options.parallel,
+        "presets": summary,
+    }
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
@@ -87,6 +121,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--replies", type=Path)
+    parser.add_argument("--merge", type=Path, nargs="+")
     options = parser.parse_args()
     problems = [json.loads(line) for line in options.problems.read_text().splitlines()[: options.limit]]
     recipes = {
@@ -94,6 +129,12 @@ def main():
         for name in options.presets.split(",")
     }
     rows = {name: [] for name in recipes}
+    if options.merge:
+        summary = merge(options.merge, rows)
+        record = describe(options, recipes, summary)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        print(json.dumps(record))
+        return
     n_sequences = max(recipe.n_sequences(options.parallel) for recipe in recipes.values())
     start = time.perf_counter()
     with Model.open(options.model, EngineOptions(n_context=24576, n_sequences=n_sequences)) as model:
@@ -104,13 +145,7 @@ def main():
             if options.replies:
                 options.replies.write_text("".join(json.dumps(row) + "\n" for all in rows.values() for row in all))
             summary = {name: summarise(all) for name, all in rows.items()}
-            record = {
-                **describe_run(options.model),
-                "problems": options.problems.name,
-                "recipes": {name: recipe.describe() for name, recipe in recipes.items()},
-                "parallel": options.parallel,
-                "presets": summary,
-            }
+            record = describe(options, recipes, summary)
             if options.out:
                 options.out.write_text(json.dumps(record, indent=1) + "\n")
             print(f"{first + options.round} problems, {time.perf_counter() - start:.0f} s", flush=True)
