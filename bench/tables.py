@@ -55,7 +55,7 @@ def ring_rows(record):
     lost = record["recovery"]
     start, sent, usual = lost["start_seconds"], lost["weight_bytes_sent"], lost["longest_wait_without_loss_seconds"]
     same = "yes" if lost["same_tokens"] else "NO"
-    yield f"kill -9 of a node in mid-answer: {lost['pause_seconds']:.2f} s without a token, usually at most {usual:.2f},"
+    yield f"kill -9 of a node in mid-answer: {lost['pause_seconds']:.2f} s without a token, else at most {usual:.2f},"
     yield f"same tokens: {same}. First start {start['first']:.1f} s, {sent['first']} bytes of weights sent; second"
     yield f"{start['second']:.1f} s, {sent['second']} bytes."
 

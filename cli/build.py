@@ -93,6 +93,7 @@ def make_options(config: Config, recipe: "Recipe", n_parallel: int, texts: Itera
             n_gpu_layers=chosen.gpu_layers,
             cache_type=chosen.cache_type,
             n_needed=recipe.n_cells(n_parallel, n_prompt),
+            n_busy=recipe.n_samples * n_parallel,
         )
     except InputError as error:
         raise ControlError(

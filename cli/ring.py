@@ -58,7 +58,7 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     if is_planned:
         devices, links = measure_machines(file, home, nodes, config)
         costs = model_costs(file, n_context, options.cache_type, config.settings.row_type)
-        wish = Wish.of(options.n_sequences, config.settings.disk, config.settings.rounds)
+        wish = Wish.of(options.n_busy, config.settings.disk, config.settings.rounds)
         place = planned(costs, {device.name: device for device in devices}, links, wish)
         if len(place([node.name for node in nodes]).windows) == 1:
             tell("this machine alone is expected to be the fastest; --windows shares the layers all the same")

@@ -34,7 +34,7 @@ class Assignment:
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Windows in the order of hops, the last one the head's; `is_disk_used` where weights do not fit into memory,
-    `token_seconds` what a token of one sequence is expected to take, 0 where nothing is known."""
+    `token_seconds` what is expected between two tokens, of all sequences together; 0 where nothing is known."""
 
     windows: tuple[Assignment, ...]
     is_disk_used: bool = False

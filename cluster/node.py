@@ -30,6 +30,8 @@ BEAT_SECONDS = 0.5
 _SILENCE_SECONDS = 10.0
 _STEP_SECONDS = 60.0
 """Longest wait for the head's next word while a window is put together, and for the next node to be reached."""
+_FREE_SECONDS = 3.0
+"""How long a head waits for a node that another one has before it is told so."""
 _MOST_ECHO = 4 << 20
 OPTIONS = [
     ("grpc.max_receive_message_length", LONGEST_MESSAGE),
@@ -81,6 +83,9 @@ class Node(service.RingServicer):
         self._session: Session | None = None
         self._holder = ""
         self._profiling = asyncio.Lock()
+        self._clearing: asyncio.Task[None] | None = None
+        self._free = asyncio.Event()
+        self._free.set()
 
     async def _admit(self, context: Any, is_head: bool = True) -> str:
         """The caller's fingerprint; anybody else gets nothing."""
@@ -110,7 +115,9 @@ class Node(service.RingServicer):
         await self._admit(context)
         return wire.EchoReply(data=bytes(min(request.n_reply, _MOST_ECHO)))
 
-    async def Hold(self, request_iterator: AsyncIterator[wire.ToNode], context: Any) -> AsyncIterator[wire.FromNode]:
+    # Coroutines that write, not generators: gRPC drops a generator that it is not waiting for without closing it, and
+    # the session would last until the garbage collector comes by.
+    async def Hold(self, request_iterator: AsyncIterator[wire.ToNode], context: Any) -> None:
         caller = await self._admit(context)
         outgoing: asyncio.Queue[wire.FromNode | None] = asyncio.Queue(64)
         holding = asyncio.create_task(
@@ -119,7 +126,7 @@ class Node(service.RingServicer):
         beating = asyncio.create_task(self._beat(outgoing))
         try:
             while (message := await outgoing.get()) is not None:
-                yield message
+                await context.write(message)
         finally:
             beating.cancel()
             holding.cancel()
@@ -138,9 +145,13 @@ class Node(service.RingServicer):
         is_mine = False
         try:
             opening = await inlet.next("open")
+            # A head that forms its ring anew may be back before its last session is cleared away.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._free.wait(), _FREE_SECONDS)
             if self._holder:
                 raise NodeBusy(f"{self._options.name} is busy with {self._holder}; try again when that is done")
             self._holder, is_mine = opening.open.head[:64] or "a head", True
+            self._free.clear()
             await self._serve(opening.open, inlet, outgoing, caller)
         except LocalReasonError as error:
             self._show(f"{self._options.name}: {error}")
@@ -149,14 +160,20 @@ class Node(service.RingServicer):
             await outgoing.put(wire.FromNode(failure=failure))
         finally:
             if is_mine:
-                session, self._session = self._session, None
-                if session is not None:
-                    await asyncio.shield(asyncio.to_thread(session.close))
-                    self._show(f"free again; {session.busy_seconds:.1f} s computed for {self._holder}")
-                self._gate.introduce([])
-                self._holder = ""
+                # A task of its own: gRPC may cancel this one a second time while it waits.
+                self._clearing = asyncio.create_task(self._clear())
             with contextlib.suppress(asyncio.QueueFull):
                 outgoing.put_nowait(None)
+
+    async def _clear(self) -> None:
+        """Be free again once the running step is done."""
+        session, self._session = self._session, None
+        if session is not None:
+            await asyncio.to_thread(session.close)
+            self._show(f"free again; {session.busy_seconds:.1f} s computed for {self._holder}")
+        self._gate.introduce([])
+        self._holder = ""
+        self._free.set()
 
     async def _serve(
         self, opening: wire.Open, inlet: "_Inlet", outgoing: "asyncio.Queue[wire.FromNode | None]", caller: str
@@ -236,7 +253,7 @@ class Node(service.RingServicer):
         finally:
             building.close()
 
-    async def Flow(self, request_iterator: AsyncIterator[wire.Step], context: Any) -> AsyncIterator[wire.Step]:
+    async def Flow(self, request_iterator: AsyncIterator[wire.Step], context: Any) -> None:
         caller = await self._admit(context, is_head=False)
         session = self._session
         words = dict(context.invocation_metadata() or ())
@@ -248,7 +265,7 @@ class Node(service.RingServicer):
             return
         if words.get("role") == "out":
             while (step := await session.results.get()) is not None:
-                yield step
+                await context.write(step)
             return
         try:
             async for step in request_iterator:

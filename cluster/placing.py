@@ -90,8 +90,11 @@ def types_of(file: ModelFile) -> list[str]:
     return [name for name, _ in Counter(large).most_common(4)]
 
 
-def placement_of(found: Plan) -> Placement:
+def placement_of(found: Plan, wish: Wish) -> Placement:
     """The plan as a ring is formed by it."""
+    token_seconds = found.token_seconds
+    if wish.n_in_flight:
+        token_seconds = max(found.throughput_seconds, token_seconds / wish.n_in_flight)
     is_output_on_gpu = found.per_device[-1].is_output_on_gpu
     windows = []
     for i, window in enumerate(found.windows):
@@ -101,7 +104,7 @@ def placement_of(found: Plan) -> Placement:
         windows.append(
             Assignment(HEAD if window.device == HEAD_NAME else window.device, window.first, window.end, n_gpu)
         )
-    return Placement(tuple(windows), found.is_disk_used, found.token_seconds)
+    return Placement(tuple(windows), found.is_disk_used, token_seconds)
 
 
 def planned(
@@ -110,6 +113,7 @@ def planned(
     """A placer that plans anew for whoever is there. `devices` by name, the head's by `HEAD_NAME`."""
 
     def place(names: list[str]) -> Placement:
-        return placement_of(wish.plan(costs, [devices[HEAD_NAME], *(devices[name] for name in names)], links))
+        found = wish.plan(costs, [devices[HEAD_NAME], *(devices[name] for name in names)], links)
+        return placement_of(found, wish)
 
     return place

@@ -63,12 +63,23 @@ class _Flight:
 
 @dataclass(slots=True)
 class Timing:
-    """What was measured: batches and seconds from the first submit to the last collect while some were under way."""
+    """What was measured between two tokens: of batches without any part of a prompt that follow each other."""
 
-    n_batches: int = 0
+    n_tokens: int = 0
     seconds: float = 0.0
+    last: float | None = None
+    """When the batch before came back, if it was such a one."""
     recoveries: list[tuple[str, float]] = field(default_factory=list)
     """Names of lost nodes and the seconds until the ring went on."""
+
+    def note(self, batch: Batch) -> None:
+        """A batch came back."""
+        now = time.perf_counter()
+        is_decode = all(len(span.tokens) == 1 for span in batch)
+        if is_decode and self.last is not None:
+            self.n_tokens += len(batch)
+            self.seconds += now - self.last
+        self.last = now if is_decode else None
 
 
 class RingEngine:
@@ -104,7 +115,6 @@ class RingEngine:
         self._flights: dict[int, _Flight] = {}
         self._due: list[wire.Operation] = []
         self._number = 0
-        self._started = 0.0
         self._formation: Formation | None = None
         self._background = Background()
         try:
@@ -224,21 +234,16 @@ class RingEngine:
             raise ContextFull(
                 f"no room for {n} more tokens in a cache of {self.n_context}; drop a sequence or give a larger context"
             )
-        if not self._flights:
-            self._started = time.perf_counter()
         self._journal.add(batch)
         self._issue(batch)
 
     def collect(self) -> Logits:
         """The wanted rows of the oldest batch, shape (n_rows, n_vocab), valid until the next call."""
-        while True:
-            rows = self._advance()
-            if rows is not None:
-                self.timing.n_batches += 1
-                if not self._flights:
-                    self._journal.absorb()
-                    self.timing.seconds += time.perf_counter() - self._started
-                return rows
+        while (rows := self._advance()) is None:
+            pass
+        if not self._flights:
+            self._journal.absorb()
+        return rows
 
     def discard(self) -> None:
         """Forget the rows that are under way; they still pass through, for the caches' sake."""
@@ -284,6 +289,7 @@ class RingEngine:
         del self._flights[item.number]
         if not flight.is_replay:
             self._journal.settle()
+            self.timing.note(flight.batch)
         return out if flight.is_wanted else None
 
     def _issue(self, entry: Entry, is_replay: bool = False) -> None:
@@ -359,17 +365,17 @@ class RingEngine:
     def close(self) -> None:
         """Leave the nodes idle and free everything; closing twice does nothing."""
         self._absent.clear()
-        if self._formation is not None and self.timing.n_batches:
+        if self._formation is not None and self.timing.n_tokens:
             self._tell(self._account())
         self._end_formation()
         self._background.close()
 
     def _account(self) -> str:
         """What was measured beside what was expected."""
-        milliseconds = 1000 * self.timing.seconds / self.timing.n_batches
+        milliseconds = 1000 * self.timing.seconds / self.timing.n_tokens
         expected = self.placement.token_seconds
-        beside = f"; a token of one sequence was expected to take {1000 * expected:.1f} ms" if expected else ""
-        return f"{self.timing.n_batches} batches in the ring, one each {milliseconds:.1f} ms{beside}"
+        beside = f", expected were {1000 * expected:.1f}" if expected else ""
+        return f"{milliseconds:.1f} ms a token, measured over {self.timing.n_tokens}{beside}"
 
     def __enter__(self) -> "RingEngine":
         return self

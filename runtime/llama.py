@@ -34,6 +34,8 @@ class EngineOptions:
     use_mmap: bool = True
     n_needed: int | None = None
     """Tokens beyond which a larger context has no use; a context that is not given is not made larger."""
+    n_busy: int = 1
+    """Sequences that will usually decode at once: what a ring is planned for."""
 
     def __post_init__(self) -> None:
         if self.cache_type not in CACHE_TYPES:

@@ -1,7 +1,10 @@
 """Node processes as a user starts them, paired without a keyboard."""
 
+import contextlib
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +14,17 @@ from localreason.cluster.identity import Identity, Peers
 from localreason.cluster.member import Address
 
 RUN = [sys.executable, "-c", "from localreason.cli.main import run; run()"]
+
+
+def _free_port():
+    """A port that is free with the one behind it, below those that systems give to outgoing connections: a node that
+    is started again must find its own free."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for number in (port, port + 1):
+                stack.enter_context(socket.create_server(("127.0.0.1", number)))
+            return port
 
 
 class NodeProcess:
@@ -28,7 +42,8 @@ class NodeProcess:
             Peers(self.folder).add(head.certificate)
             Peers(head.folder).add(self.identity.certificate)
 
-    def start(self, port=0):
+    def start(self, port=None):
+        port = port or _free_port()
         command = [*RUN, "node", "--loopback", "--port", str(port), "--threads", "1", "--name", self.name]
         command += ["--folder", str(self.folder), "--cache", str(self.cache), *self._flags]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
