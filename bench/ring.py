@@ -87,7 +87,8 @@ class Home:
         addresses = addresses or [address for name, (_, address) in self.nodes.items() if name in names]
         store = Store(self.folder / "head-cache", 1 << 40, [self.model])
         chosen = RingOptions(N_CONTEXT, n_sequences, **options)
-        return RingEngine(self.file, addresses, self.gate, store, place or (lambda _: placement), chosen)
+        tell = lambda text: print(f"# {text}", file=sys.stderr)  # noqa: E731
+        return RingEngine(self.file, addresses, self.gate, store, place or (lambda _: placement), chosen, tell)
 
     def close(self):
         for process, _ in self.nodes.values():
@@ -95,13 +96,8 @@ class Home:
             process.kill()
 
 
-def run(engine, tokenizer, prompt, n_sequences, n_tokens):
+def run(engine, tokenizer, sample, prompt, n_sequences, n_tokens):
     """Seconds to the first token of all, and tokens a second of all sequences together after it."""
-    ends = [token for token in range(tokenizer.n_vocab) if tokenizer.is_end(token)]
-
-    def sample(row):
-        row[ends] = -np.inf
-        return int(row.argmax())
 
     def requests():
         for i in range(n_sequences):
@@ -136,8 +132,14 @@ class Bench:
         self.tokenizer = load_tokenizer(options.model)
         ids = self.tokenizer.encode(TEXT * 40)
         self.short, self.long = ids[:32], ids[:512]
+        self.ends = [token for token in range(self.tokenizer.n_vocab) if self.tokenizer.is_end(token)]
         self.node_layers, self.head_layers = map(int, options.split.split(","))
         self.n_layers = self.node_layers + self.head_layers
+
+    def sample(self, row):
+        """The likeliest token that is no end."""
+        row[self.ends] = -np.inf
+        return int(row.argmax())
 
     def balanced(self):
         return [("n0", self.node_layers), (HEAD, self.head_layers)]
@@ -153,7 +155,7 @@ class Bench:
         return load(self.options.model, EngineOptions(N_CONTEXT, n_sequences, 1, n_gpu_layers=0))[0]
 
     def speed(self, engine, n_sequences):
-        return lambda: run(engine, self.tokenizer, self.short, n_sequences, self.options.tokens)[1]
+        return lambda: run(engine, self.tokenizer, self.sample, self.short, n_sequences, self.options.tokens)[1]
 
     def decode(self, home):
         with contextlib.closing(self.whole()) as whole, home.ring(self.balanced(), n_threads=1) as ring:
@@ -180,8 +182,8 @@ class Bench:
         with contextlib.closing(self.whole(1)) as whole, home.ring(self.balanced(), 1, n_threads=1) as ring:
             found = medians(
                 {
-                    "whole": lambda: run(whole, self.tokenizer, self.long, 1, 1)[0],
-                    "ring": lambda: run(ring, self.tokenizer, self.long, 1, 1)[0],
+                    "whole": lambda: run(whole, self.tokenizer, self.sample, self.long, 1, 1)[0],
+                    "ring": lambda: run(ring, self.tokenizer, self.sample, self.long, 1, 1)[0],
                 },
                 self.options.repeats,
             )
@@ -239,7 +241,7 @@ class Bench:
             prompt = Request(
                 Sequence(list(self.short), id="0", limit=64),
                 PhaseTracker(FORMATS["none"], ""),
-                lambda row: int(row.argmax()),
+                self.sample,
                 [],
             )
             for event in decode(ring, self.tokenizer, [prompt]):
