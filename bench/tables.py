@@ -42,15 +42,17 @@ def ring_rows(record):
     yield f"| ring with 4 sequences in flight to the ring with 1 | {decode['ring_4_to_ring_1']:.3f} |"
     yield f"| ring with 4 to the whole model with 4 (one thread) | {decode['ring_4_to_whole_4']:.3f} |"
     yield f"| prompt of 512 tokens, ring to whole | {prefill['ring_to_whole_speed']:.3f} |"
-    for part in ("rounds", "nodes", "delay"):
+    for part in [part for part in ("rounds", "nodes", "delay") if part in record]:
         speeds = record[part]["tokens_per_second"]
         first = next(iter(speeds))
         for name, speed in speeds.items():
             text = f"{name}, to {first}".replace(" in flight", "")
             yield f"| {text} in flight | {speed / speeds[first]:.3f} |"
-    for name, row in record["rows"].items():
+    for name, row in record.get("rows", {}).items():
         loss = f"mean KL {row['mean_kl']:.2g} nats, largest {row['most_kl']:.2g}"
         yield f"| activations as {name}: {loss}; same top token | {row['same_top']:.3f} |"
+    if "recovery" not in record:
+        return
     yield ""
     lost = record["recovery"]
     start, sent, usual = lost["start_seconds"], lost["weight_bytes_sent"], lost["longest_wait_without_loss_seconds"]

@@ -17,6 +17,7 @@ from .store import Store, make_recipe
 from .window import LayerWindow, WindowOptions
 from .wire import ring_pb2 as wire
 
+_WRITE_SECONDS = 60.0
 HEAD = ""
 """The name of this machine in a placement."""
 
@@ -180,9 +181,11 @@ class Formation:
         call = first.flow(session, "in")
         try:
             while True:
-                await call.write(await self._outgoing.get())
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            text = reason(error) if isinstance(error, grpc.aio.AioRpcError) else "closed its stream"
+                step = await self._outgoing.get()
+                async with asyncio.timeout(_WRITE_SECONDS):
+                    await call.write(step)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+            text = reason(error) if isinstance(error, grpc.aio.AioRpcError) else "takes no activations any more"
             self._losing(first.name)(text)
 
     async def _read(self, last: Member, session: bytes) -> None:

@@ -319,7 +319,8 @@ async def _pump(session: Session, channel: grpc.aio.Channel) -> None:
     call = service.RingStub(channel).Flow(metadata=(("session-bin", session.terms.id), ("role", "in")))
     try:
         while (step := await session.results.get()) is not None:
-            await asyncio.wait_for(call.write(step), _STEP_SECONDS)
+            async with asyncio.timeout(_STEP_SECONDS):  # wait_for would make a task for each step
+                await call.write(step)
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
         raise NodeLost(f"the next node of the ring takes nothing any more: {type(error).__name__}") from error
     finally:

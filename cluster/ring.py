@@ -283,6 +283,9 @@ class RingEngine:
         rows = unpack_rows(item.rows, n_tokens, self._file.n_embd)
         apply(window, flight.operations)
         out = window.run(flight.batch, rows)
+        if ring.placement.is_disk_used:
+            later = [hop for hop in ring.windows if hop > item.hop] or sorted(ring.windows)
+            ring.windows[later[0]].prefetch()
         if not window.is_last:
             self._pass_on(item.number, item.hop + 1, pack_rows(out, ROW_TYPES[self._options.row_type]))
             return None

@@ -7,7 +7,6 @@ of its hop just before its batch, so every window sees the same history.
 
 import asyncio
 import contextlib
-import mmap
 import queue
 import threading
 import time
@@ -30,7 +29,6 @@ class _Hop:
     """A window and the number of the step that it has to see next."""
 
     window: LayerWindow
-    path: Path
     next_number: int = 0
 
 
@@ -66,7 +64,7 @@ class Session:
         """Open windows: path and GPU layers by hop. Blocks; raises ModelError, OutOfMemory."""
         for hop, (path, n_gpu_layers) in sorted(windows.items()):
             window = LayerWindow(path, self.terms.options, self._n_threads, n_gpu_layers, is_last=False)
-            self._hops[hop] = _Hop(window, path)
+            self._hops[hop] = _Hop(window)
             window.warm()
         self._order = sorted(self._hops)
         self._thread.start()
@@ -87,7 +85,8 @@ class Session:
                 self.busy_seconds += time.perf_counter() - started
                 self._call(self.results.put_nowait, result)
                 if self.terms.is_disk_used:
-                    self._prefetch(step.hop)
+                    later = [hop for hop in self._order if hop > step.hop] or self._order
+                    self._hops[later[0]].window.prefetch()
             except LocalReasonError as error:
                 self._call(self._fail, error)
                 return
@@ -117,19 +116,6 @@ class Session:
             spans=step.spans,
             rows=pack_rows(out, self.terms.row_type),
         )
-
-    def _prefetch(self, hop: int) -> None:
-        """Ask the system for the pages of the window that is due next, where weights come from the disk."""
-        later = [other for other in self._order if other > hop] or self._order
-        will_need = getattr(mmap, "MADV_WILLNEED", None)
-        if will_need is None:
-            return
-        with (
-            contextlib.suppress(OSError, ValueError),
-            self._hops[later[0]].path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages,
-        ):
-            pages.madvise(will_need)
 
     def close(self) -> None:
         """Free the windows once the running step is done. Blocks."""

@@ -1,5 +1,7 @@
 """A contiguous run of a model's layers and its cache: activations in, activations or logits out."""
 
+import contextlib
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +68,18 @@ class LayerWindow:
     def fork(self, source: int, target: int, n_tokens: int) -> None:
         """Let an empty sequence share the first tokens of another."""
         self._cache.copy(source, target, n_tokens)
+
+    def prefetch(self) -> None:
+        """Ask the system for the pages of the weights, for a window that is due soon and may not be in memory."""
+        will_need = getattr(mmap, "MADV_WILLNEED", None)
+        if will_need is None:
+            return
+        with (
+            contextlib.suppress(OSError, ValueError),
+            self._model.path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages,
+        ):
+            pages.madvise(will_need)
 
     def warm(self) -> None:
         """Evaluate one row for nothing, so that weights are read and threads started; the logits mean nothing."""
