@@ -37,6 +37,9 @@ OPTIONS = [
     ("grpc.max_receive_message_length", LONGEST_MESSAGE),
     ("grpc.max_send_message_length", LONGEST_MESSAGE),
     ("grpc.enable_http_proxy", 0),
+    # A node that comes back is reached at once: no back-off inherited from other channels to it.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 log = logging.getLogger("localreason.node")
 
