@@ -26,8 +26,10 @@ class Cache:
         n_threads: int,
         cache_type: str,
         tap: native.Tap | None = None,
+        watch: Any = None,
     ) -> None:
-        """A `tap` takes the place of logits. Raises OutOfMemory, ModelUnsupported, InputError."""
+        """A `tap` takes the place of logits; `watch` is ggml's callback on each node of the graph. Raises OutOfMemory,
+        ModelUnsupported, InputError."""
         lib = self._lib = native.library()
         if not 1 <= n_sequences <= lib.llama_max_parallel_sequences():
             raise InputError(f"n_sequences is {n_sequences}; llama.cpp holds 1 to {lib.llama_max_parallel_sequences()}")
@@ -37,8 +39,8 @@ class Cache:
         n_context = -(-n_context // _N_PADDED) * _N_PADDED
         parameters = _parameters(n_context, n_sequences, n_batch, n_threads, cache_type)
         self._tap = tap
-        if tap is not None:
-            parameters.cb_eval = tap.callback
+        if tap is not None or watch is not None:
+            parameters.cb_eval = tap.callback if tap is not None else watch
         native.forget_messages()
         self._pointer = lib.llama_init_from_model(model.pointer, parameters)
         if not self._pointer:

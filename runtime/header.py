@@ -62,25 +62,31 @@ def read_table(path: Path, has_tensors: bool = True) -> Header:
         if not path.is_file():
             raise ModelNotFound(f"there is no model file {path}; see `localreason models list`")
         with path.open("rb") as file:
-            return _read(file, path, has_tensors)
+            return read_stream(file, str(path), path.stat().st_size, has_tensors)
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"{path} cannot be read: {error}; check its name and its permissions") from error
+
+
+def read_stream(file: BinaryIO, name: str, n_bytes: int, has_tensors: bool = True) -> Header:
+    """Metadata and tensor table from the beginning of an open GGUF file of `n_bytes`, which is read in order and never
+    sought in; `name` is for messages. Raises ModelBroken, and what reading raises."""
+    try:
+        return _read(file, name, n_bytes, has_tensors)
     except _Damage as error:
-        raise ModelBroken(f"{path} is truncated or damaged: {error}; get it again") from error
+        raise ModelBroken(f"{name} is truncated or damaged: {error}; get it again") from error
 
 
-def _read(file: BinaryIO, path: Path, has_tensors: bool) -> Header:
-    n_bytes = path.stat().st_size
+def _read(file: BinaryIO, name: str, n_bytes: int, has_tensors: bool) -> Header:
     head = file.read(24)
     if head[:4] != b"GGUF":
         raise ModelBroken(
-            f"{path} is not a GGUF file: it begins with {head[:4]!r}, not with b'GGUF'; convert or get it again"
+            f"{name} is not a GGUF file: it begins with {head[:4]!r}, not with b'GGUF'; convert or get it again"
         )
     if len(head) < 24:
         raise _Damage(f"it has {len(head)} bytes and the first part of its header takes 24")
     version, n_tensors, n_values = struct.unpack("<IQQ", head[4:])
     if version not in (2, 3):
-        raise ModelBroken(f"{path} is GGUF version {version}; versions 2 and 3 are read, convert it again")
+        raise ModelBroken(f"{name} is GGUF version {version}; versions 2 and 3 are read, convert it again")
     # A tensor takes at least 24 bytes of header and a value 13: more than the file holds is a damaged count.
     if n_tensors * 24 + n_values * 13 > n_bytes:
         raise _Damage(f"it claims {n_tensors} tensors and {n_values} values in {n_bytes} bytes")
@@ -160,7 +166,7 @@ class _Reader:
             raise _Damage(f"{n - n_empty - len(found)} of its {n} tokens stand twice in the vocabulary")
 
 
-def check_header(values: dict[str, Any], path: Path) -> None:
+def check_header(values: dict[str, Any], path: Path | str) -> None:
     """Refuse numbers that llama.cpp asserts on. Raises ModelBroken."""
     architecture = values.get("general.architecture")
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from .answer import extract
-from .controls import CONTROLS, Control, Parameters, Setup
-from .controls import describe as describe_control
+from .controls import CONTROLS, Control, Setup
 from .controls.budget import BudgetParameters
-from .controls.search import FirstFinishSearch, SearchParameters
+from .controls.search import FirstFinishSearch
 from .decode import Request, decode
 from .engine import Engine, Row
 from .errors import ControlError, LocalReasonError, PromptError, PromptTooLong
@@ -22,78 +21,11 @@ from .events import Event, Finished
 from .formats import ThinkingFormat
 from .llama import EngineOptions, LlamaTokenizer, load
 from .phase import PhaseTracker
-from .prompt import Prompter
-from .sampler import Sampling, choose
+from .prompt import Prompt, Prompter
+from .recipe import Question, Recipe
+from .sampler import choose
 from .sequence import Counts, Sequence
-
-_N_ANSWER = 2048
-"""Tokens that are left for the answer and what controls write, where no limit is given."""
-_N_PROMPT = 2048
-"""Tokens that a context leaves for a prompt whose length is not known yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One problem and the name that its results carry."""
-
-    id: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Everything that shapes an answer besides the model. `max_tokens` counts each sample's tokens after the prompt;
-    None leaves 2048 for the answer behind the thinking cap."""
-
-    controls: tuple[Parameters, ...] = ()
-    sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
-    seed: int = 0
-    max_tokens: int | None = None
-    is_thinking: bool = True
-    format: str | None = None
-
-    def get(self, control: str) -> Parameters | None:
-        """The parameters of a control, if the recipe has it."""
-        return next((parameters for parameters in self.controls if parameters.control == control), None)
-
-    @property
-    def n_samples(self) -> int:
-        search = self.get("search")
-        return search.n if isinstance(search, SearchParameters) else 1
-
-    @property
-    def max_thinking(self) -> int | None:
-        budget = self.get("budget")
-        return budget.total or budget.max if isinstance(budget, BudgetParameters) else None
-
-    @property
-    def limit(self) -> int | None:
-        """Most tokens of one sample after the prompt; None without any cap."""
-        if self.max_tokens is not None or self.max_thinking is None:
-            return self.max_tokens
-        return self.max_thinking + _N_ANSWER
-
-    def n_sequences(self, n_parallel: int = 1) -> int:
-        """Engine sequences for this many questions at once: samples, a probe beside each, and one kept prompt."""
-        n_each = 2 if self.get("suppress") else 1
-        return n_parallel * self.n_samples * n_each + 1
-
-    def n_cells(self, n_parallel: int = 1, n_prompt: int = _N_PROMPT) -> int | None:
-        """Cache cells that this many questions need at most; None where no cap bounds them."""
-        if self.limit is None:
-            return None
-        return n_parallel * (n_prompt + self.n_samples * (self.limit + 128)) + n_prompt
-
-    def describe(self) -> dict[str, object]:
-        """The recipe as results store it and a resumed run compares it."""
-        return {
-            "controls": [describe_control(parameters) for parameters in self.controls],
-            "sampling": asdict(self.sampling),
-            "seed": self.seed,
-            "max_tokens": self.limit,
-            "is_thinking": self.is_thinking,
-            "format": self.format,
-        }
+from .template import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +162,33 @@ class Model:
             )
 
     def _requests(self, question: Question, recipe: Recipe, tasks: dict[str, _Task]) -> Iterator[Request]:
-        engine = self.engine
+        requests = self.samples(self.chat_prompt([Message("user", question.text)], recipe), recipe, question.id)
+        shared = [c for c in requests[0].controls if isinstance(c, FirstFinishSearch)]
+        sequences = [request.sequence for request in requests]
+        tasks[question.id] = _Task(question, sequences, shared[0] if shared else None, time.perf_counter())
+        yield from requests
+
+    def chat_prompt(self, turns: list[Message], recipe: Recipe, is_problem: bool = True) -> Prompt:
+        """The prompt for the next reply to a conversation; a boxed answer is asked for only where the last turn is a
+        problem. Raises TemplateError."""
         format = self._prompter.format(recipe.format, recipe.is_thinking)
-        instructions = [CONTROLS[p.control].instruct(p) for p in recipe.controls]
-        prompt = self._prompter.prompt(
-            question.text, format, recipe.is_thinking, [text for text in instructions if text]
-        )
+        if turns[-1].role == "user":
+            instructions = [CONTROLS[p.control].instruct(p) for p in recipe.controls]
+            text = "\n".join((turns[-1].content, *filter(None, instructions)))
+            turns = [*turns[:-1], Message("user", text)]
+        return self._prompter.continue_chat(turns, format, recipe.is_thinking, is_problem)
+
+    def text_prompt(self, text: str) -> Prompt:
+        """The prompt of a text as it is, special text included and without a template; for a recipe of the format
+        "none"."""
+        return Prompt([*self.tokenizer.prefix, *self.tokenizer.encode(text, special=True)], "")
+
+    def samples(self, prompt: Prompt, recipe: Recipe, id: str = "") -> list[Request]:
+        """The sequences of one reply, ready for `decode`. Raises PromptError, PromptTooLong."""
+        format = self._prompter.format(recipe.format, recipe.is_thinking)
+        engine = self.engine
+        if not prompt.tokens:
+            raise PromptError("the prompt is empty and the model wants no token before it; give some text")
         if len(prompt.tokens) >= engine.n_context_sequence:
             raise PromptTooLong(
                 f"the prompt has {len(prompt.tokens)} tokens and the context holds {engine.n_context_sequence} with "
@@ -249,17 +202,14 @@ class Model:
             p.control: CONTROLS[p.control](p, setups[0]) for p in recipe.controls if CONTROLS[p.control].is_shared
         }
         search = shared.get("search")
-        task = _Task(question, [], search if isinstance(search, FirstFinishSearch) else None, time.perf_counter())
         requests = []
         for sample, setup in enumerate(setups):
-            sequence = Sequence(list(prompt.tokens), id=question.id, sample=sample, limit=recipe.limit)
+            sequence = Sequence(list(prompt.tokens), id=id, sample=sample, limit=recipe.limit)
             controls = [shared.get(p.control) or CONTROLS[p.control](p, setup) for p in recipe.controls]
-            task.sequences.append(sequence)
-            if task.search:
-                task.search.join(sequence)
+            if isinstance(search, FirstFinishSearch):
+                search.join(sequence)
             requests.append(Request(sequence, PhaseTracker(format, prompt.tail), _sampler(recipe, sample), controls))
-        tasks[question.id] = task
-        yield from requests
+        return requests
 
 
 def _sampler(recipe: Recipe, sample: int) -> Callable[[Row], int]:

@@ -58,14 +58,20 @@ def address_of_logits() -> Any:
 
 
 @cache
-def _tensor_functions() -> tuple[Any, Any, Any]:
-    """ggml's name, size and read of a tensor, which llama_cpp does not bind."""
+def ggml() -> ctypes.CDLL:
+    """The library ggml-base, of which llama_cpp binds little; who calls a function first says its types."""
     folder = Path(library().__file__ or "").parent / "lib"
     names = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
         raise EngineError(f"there is no ggml-base library in {folder}; install llama-cpp-python again")
-    base = ctypes.CDLL(str(path))
+    return ctypes.CDLL(str(path))
+
+
+@cache
+def _tensor_functions() -> tuple[Any, Any, Any]:
+    """ggml's name, size and read of a tensor, which llama_cpp does not bind."""
+    base = ggml()
     base.ggml_get_name.restype, base.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     base.ggml_nbytes.restype, base.ggml_nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
     base.ggml_backend_tensor_get.restype = None

@@ -77,8 +77,11 @@ class Prompter:
         turns = [Message("user", "\n".join((question, *instructions)))]
         return self.continue_chat(turns, format, is_thinking)
 
-    def continue_chat(self, turns: list[Message], format: ThinkingFormat, is_thinking: bool = True) -> Prompt:
-        """The prompt for the next reply to a conversation; thinking in earlier replies is left out."""
+    def continue_chat(
+        self, turns: list[Message], format: ThinkingFormat, is_thinking: bool = True, is_problem: bool = True
+    ) -> Prompt:
+        """The prompt for the next reply to a conversation; thinking in earlier replies is left out. A boxed answer is
+        asked for only where the last turn is a problem."""
         turns = [
             Message(turn.role, strip_thinking(turn.content, format)) if turn.role == "assistant" else turn
             for turn in turns
@@ -89,8 +92,10 @@ class Prompter:
                 for pair in _EXAMPLES
                 for role, text in zip(("user", "assistant"), pair, strict=True)
             ]
-            turns = [Message("system", _SYSTEM), *examples, *turns]
-        elif turns[-1].role == "user":
+            has_system = turns[0].role == "system"  # templates take one system turn only
+            system = f"{_SYSTEM}\n\n{turns[0].content}" if has_system else _SYSTEM
+            turns = [Message("system", system), *examples, *turns[has_system:]]
+        elif is_problem and turns[-1].role == "user":
             turns = [*turns[:-1], Message("user", f"{turns[-1].content}\n\n{_BOXED}")]
         parts = self._render(turns, is_thinking)
         tail = parts[-1].text if parts[-1].is_trusted else ""

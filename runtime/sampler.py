@@ -43,7 +43,7 @@ def choose(row: Row, sampling: Sampling, uniform: float) -> int:
     top = float(row[best])
     if not np.isfinite(top):
         raise DecodeFailed(f"the model gave a logit of {top}; its file is damaged or its precision overflows")
-    if sampling.temperature == 0 or sampling.top_k == 1:
+    if not np.float32(sampling.temperature) or sampling.top_k == 1:  # 1e-300 is 0 too
         return best
     reach = _NEGLIGIBLE if sampling.min_p == 0 else min(_NEGLIGIBLE, -float(np.log(sampling.min_p)))
     ids = np.flatnonzero(row >= top - reach * sampling.temperature)
