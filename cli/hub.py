@@ -41,7 +41,7 @@ class HuggingFace:
     def files(self, repository: str) -> list[RemoteFile]:
         import huggingface_hub
 
-        with _mapped(repository):
+        with mapped(repository):
             api = huggingface_hub.HfApi(endpoint=self._endpoint, library_name="localreason")
             info = api.model_info(repository, files_metadata=True, timeout=_DEADLINE_SECONDS)
         return [
@@ -52,7 +52,7 @@ class HuggingFace:
     def download(self, repository: str, name: str, folder: Path) -> Path:
         import huggingface_hub
 
-        with _mapped(repository):
+        with mapped(repository):
             file = huggingface_hub.hf_hub_download(
                 repository,
                 name,
@@ -63,9 +63,22 @@ class HuggingFace:
             )
         return Path(file)
 
+    def head(self, repository: str, name: str, n_bytes: int) -> bytes:
+        """The first bytes of a file, all where it is shorter."""
+        import huggingface_hub
+
+        with mapped(repository):
+            files = huggingface_hub.HfFileSystem(endpoint=self._endpoint)
+            try:
+                found = files.cat_file(f"{repository}/{name}", start=0, end=n_bytes)
+            except FileNotFoundError as error:
+                raise ModelNotFound(f"{repository} has no file {name}; `localreason models list` names some") from error
+        assert isinstance(found, bytes)
+        return found
+
 
 @contextlib.contextmanager
-def _mapped(repository: str) -> Iterator[None]:
+def mapped(repository: str) -> Iterator[None]:
     """The library's errors as ours."""
     from huggingface_hub import errors
 

@@ -15,7 +15,7 @@ DEMO = "demo"
 RECOMMENDED = "qwen3-1.7b"
 """What the demo's hint and other remedies name."""
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-_REFERENCE = re.compile(r"(?P<owner>[\w.-]+)/(?P<repo>[\w.-]+)(?::(?P<scheme>[\w.-]+)|/(?P<file>[^:]+\.gguf))?")
+REFERENCE = re.compile(r"(?P<owner>[\w.-]+)/(?P<repo>[\w.-]+)(?::(?P<scheme>[\w.-]+)|/(?P<file>[^:]+\.gguf))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def find(reference: str, store: Path) -> Path | None:
     target = CATALOGUE[reference].reference if reference in CATALOGUE else reference
     if path.exists():
         raise ModelNotFound(f"{reference} is a folder; name the GGUF file in it")
-    match = None if reference.startswith((".", "/", "~")) else _REFERENCE.fullmatch(target)
+    match = None if reference.startswith((".", "/", "~")) else REFERENCE.fullmatch(target)
     if not match:
         raise ModelNotFound(
             f"there is no model {reference!r}: no such file, and no such name in `localreason models list`"
@@ -126,11 +126,11 @@ def pull(reference: str, store: Path, hub: Hub) -> Path:
     Raises ModelNotFound, ModelBroken, or OutputError where the disk is too small.
     """
     target = CATALOGUE[reference].reference if reference in CATALOGUE else reference
-    match = _REFERENCE.fullmatch(target)
+    match = REFERENCE.fullmatch(target)
     if not match:
         raise ModelNotFound(f"{reference!r} cannot be pulled; give a name of the catalogue or OWNER/REPO:QUANT")
     repository = f"{match['owner']}/{match['repo']}"
-    files = _choose(hub.files(repository), repository, match["scheme"], match["file"])
+    files = choose_file(hub.files(repository), repository, match["scheme"], match["file"])
     incoming = store / ".incoming" / repository
     final = store / repository
     try:
@@ -184,7 +184,7 @@ def _has_scheme(name: str, scheme: str | None) -> bool:
     return scheme is None or bool(re.search(rf"(?:^|[-._/]){re.escape(scheme)}(?:[-.]|$)", name, re.IGNORECASE))
 
 
-def _choose(files: list[RemoteFile], repository: str, scheme: str | None, name: str | None) -> list[RemoteFile]:
+def choose_file(files: list[RemoteFile], repository: str, scheme: str | None, name: str | None) -> list[RemoteFile]:
     """The one model that is meant, all parts in order."""
     models = sorted((file for file in files if file.name.endswith(".gguf")), key=lambda file: file.name)
     models = [file for file in models if "mmproj" not in file.name.lower()]

@@ -1,0 +1,259 @@
+"""Which file, cache type and context to take: what fits, in the order of what is known of quantised reasoning. Pure.
+
+The rules are our reading of "Quantization Hurts Reasoning?" (COLM 2025) for GGUF: 8-bit weights are the default; 4-bit
+weights cost about a point from 7B on and three to six at 1.5B; below 4 bits much is lost. The cache is 16-bit below 7B
+and 8-bit from there on, 4-bit from 14B only. A larger model at 4 bits comes before a smaller one at 16. Sizes are those
+that names speak of, parameters rounded to whole billions.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+from ..runtime.errors import ModelUnsupported, OutOfMemory
+from ..runtime.native import CACHE_TYPES
+from ..runtime.room import cell_bytes, fitting_cells
+from .gguf import ModelFile
+
+SAME_SIZE = 1.5
+"""Models of which one has less than this many times the other's parameters count as equally large."""
+_BILLION = 10**9
+_BITS = re.compile(r"(?:^|[-._/])(?:UD-)?((?:BF|FP|F|I?Q|TQ|MXFP|NVFP)(\d+)(?:_[A-Z0-9]+)*)(?=[-.]|$)", re.IGNORECASE)
+
+
+class Verdict(IntEnum):
+    """What becomes of a file, the better first."""
+
+    FITS = 0
+    SHORT = 1
+    """It fits with less context than was asked for."""
+    LARGE = 2
+    REFUSED = 3
+    """The rules are against it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A file that could be taken. `n_bits` is the class of its weights: 4 for Q4_K_M, although its
+    `bits_per_weight` are more; `cell_bytes` are the cache bytes of one token by cache type."""
+
+    name: str
+    n_bytes: int
+    n_parameters: int
+    bits_per_weight: float
+    n_bits: int
+    scheme: str
+    architecture: str
+    cell_bytes: Mapping[str, float]
+    n_context_train: int
+
+    @property
+    def n_billions(self) -> int:
+        return round(self.n_parameters / _BILLION)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What `localreason quant measure` found for a file; accuracies as mean, low and high of a 95 % interval."""
+
+    reference: str
+    cache_type: str
+    divergence: float | None = None
+    same_top: float | None = None
+    accuracy: tuple[float, float, float] | None = None
+
+    def is_worse(self, cache_type: str) -> bool:
+        """True where this cache was measured and the loss of accuracy is more than chance."""
+        return self.cache_type == cache_type and self.accuracy is not None and self.accuracy[2] < 0
+
+    def sentence(self) -> str:
+        parts = []
+        if self.divergence is not None:
+            parts.append(f"KL {self.divergence:.3g} nats")
+        if self.same_top is not None:
+            parts.append(f"same top token {self.same_top:.1%}")
+        if self.accuracy is not None:
+            mean, low, high = (100 * value for value in self.accuracy)
+            parts.append(f"accuracy {mean:+.1f} points ({low:+.1f} to {high:+.1f})")
+        return f"{', '.join(parts) or 'nothing'}, to {self.reference}, with a {self.cache_type} cache"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a room has for a file: the tokens of context, 0 where it does not fit, and seconds a token where known."""
+
+    n_context: int
+    token_seconds: float | None = None
+
+
+class Room(Protocol):
+    """Where a file is to run."""
+
+    def fit(self, candidate: Candidate, cache_type: str, n_context: int) -> Fit:
+        """The context up to `n_context` that there is room for."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One machine without a GPU and its free bytes."""
+
+    free_bytes: int
+
+    def fit(self, candidate: Candidate, cache_type: str, n_context: int) -> Fit:
+        wanted = -(-n_context // 256) * 256
+        try:
+            n_cells = fitting_cells(wanted, candidate.cell_bytes[cache_type], candidate.n_bytes, self.free_bytes)
+        except OutOfMemory:
+            return Fit(0)
+        return Fit(min(n_cells, n_context))
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A candidate judged; `needed_bytes` are weights and cache."""
+
+    candidate: Candidate
+    verdict: Verdict
+    cache_type: str
+    n_context: int
+    needed_bytes: int
+    token_seconds: float | None
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+    measured: tuple[Measured, ...] = ()
+
+
+def find_scheme(name: str) -> tuple[str, int] | None:
+    """The scheme in a file's name and its class of bits, such as ("Q4_K_M", 4); None where it names none."""
+    found = _BITS.findall(name.removesuffix(".gguf"))
+    return (found[-1][0].upper(), int(found[-1][1])) if found else None
+
+
+def describe(file: ModelFile, name: str) -> Candidate:
+    """A file as a candidate, its scheme being the one that most weights of the layers have. Raises ModelUnsupported
+    for a file of a vocabulary only."""
+    n_parameters = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+    n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
+    weighed = Counter[str]()
+    for tensor in file.tensors.values():
+        if len(tensor.shape) > 1:
+            # The large tables at both ends often have more bits than the layers, which decide.
+            weighed[tensor.type_name] += math.prod(tensor.shape) if tensor.name.startswith("blk.") else 0
+    if not n_parameters or not weighed:
+        raise ModelUnsupported(f"{file.path} has no matrices of weights; give a whole model")
+    scheme = weighed.most_common(1)[0][0]
+    bits = find_scheme(scheme)
+    return Candidate(
+        name=name,
+        n_bytes=n_bytes,
+        n_parameters=n_parameters,
+        bits_per_weight=8 * n_bytes / n_parameters,
+        n_bits=bits[1] if bits else round(8 * n_bytes / n_parameters),
+        scheme=scheme,
+        architecture=file.architecture,
+        cell_bytes={kind: cell_bytes(file.header.values, kind) for kind in CACHE_TYPES},
+        n_context_train=file.n_context_train,
+    )
+
+
+def rank(
+    candidates: Iterable[Candidate],
+    room: Room,
+    n_context: int,
+    measured: Mapping[str, tuple[Measured, ...]] | None = None,
+    is_forced: bool = False,
+) -> list[Option]:
+    """All candidates, the best first; `measured` by name. `is_forced` admits what the rules refuse."""
+    known = measured or {}
+    options = [_judge(candidate, room, n_context, known.get(candidate.name, ()), is_forced) for candidate in candidates]
+    levels = _levels(options)
+    order = sorted(range(len(options)), key=lambda i: (options[i].verdict, *_preference(options[i], levels[i])))
+    return [options[i] for i in order]
+
+
+def _levels(options: list[Option]) -> dict[int, int]:
+    """By place: 0 for the largest models that can be taken and those about as large, 1 for the next, and so on."""
+    levels, level, largest = dict[int, int](), 0, 0
+    for i in sorted(range(len(options)), key=lambda i: (options[i].verdict, -options[i].candidate.n_parameters)):
+        n = options[i].candidate.n_parameters
+        if n * SAME_SIZE <= largest or n > largest:
+            level, largest = level + 1, n
+        levels[i] = level
+    return levels
+
+
+def _preference(option: Option, level: int) -> tuple[float, ...]:
+    """Larger models first, then 8 bits, then 16, then the more bits."""
+    candidate = option.candidate
+    order = 0 if candidate.n_bits == 8 else 1 if candidate.n_bits > 8 else 10 - candidate.n_bits
+    is_worse = any(one.is_worse(option.cache_type) for one in option.measured)
+    return (level, is_worse, order, len(option.warnings), -candidate.n_parameters, candidate.n_bytes)
+
+
+def _judge(candidate: Candidate, room: Room, n_wanted: int, measured: tuple[Measured, ...], is_forced: bool) -> Option:
+    reasons, warnings, is_refused = _weights(candidate)
+    n_context = min(n_wanted, candidate.n_context_train)
+    if n_context < n_wanted:
+        warnings.append(f"it was trained for {n_context} tokens of context, not for {n_wanted}")
+    kinds = cache_types(candidate, is_forced)
+    fits = [(kind, room.fit(candidate, kind, n_context)) for kind in kinds]
+    # The first type that holds all of it, else the one that holds most.
+    kind, fit = next((pair for pair in fits if pair[1].n_context >= n_context), max(fits, key=lambda p: p[1].n_context))
+    verdict = Verdict.FITS if fit.n_context >= n_context else Verdict.SHORT if fit.n_context else Verdict.LARGE
+    if is_refused:
+        (warnings if is_forced else reasons).append(is_refused)
+        verdict = verdict if is_forced else Verdict.REFUSED
+    if verdict is Verdict.SHORT:
+        warnings.append(f"only {fit.n_context} of {n_context} tokens of context fit")
+    warnings += _cache_warnings(candidate, kind)
+    if any(one.is_worse(kind) for one in measured):
+        warnings.append("it was measured to answer worse than its reference, by more than chance")
+    n_held = fit.n_context or n_context
+    needed = candidate.n_bytes + int(candidate.cell_bytes[kind] * n_held)
+    return Option(
+        candidate, verdict, kind, n_held, needed, fit.token_seconds, tuple(reasons), tuple(warnings), measured
+    )
+
+
+def _weights(candidate: Candidate) -> tuple[list[str], list[str], str]:
+    """Reasons, warnings, and why the weights are refused if they are."""
+    bits, size = candidate.n_bits, candidate.n_billions
+    if bits < 4:
+        return [], [], f"{bits}-bit weights cost reasoning 3 points at 32B and 12 to 24 at 1.5B; --force takes them"
+    if bits >= 16:
+        return [f"{bits}-bit weights lose nothing, at {bits // 8} times the bytes of 8-bit ones"], [], ""
+    if bits >= 8:
+        return ["8-bit weights are within about a point of 16-bit ones"], [], ""
+    if bits > 4:
+        return [f"{bits}-bit weights lie between 8 bits and 4, for which losses are known"], [], ""
+    if size >= 7:
+        return ["4-bit weights cost about one point from 7B on"], [], ""
+    if size >= 4:
+        return [], ["nothing is known of 4-bit weights between 1.5B, where they cost 3 points or more, and 7B"], ""
+    return [], ["4-bit weights cost 3 to 6 points at 1.5B"], ""
+
+
+def cache_types(candidate: Candidate, is_forced: bool = False) -> list[str]:
+    """Cache types that the rules allow, the preferred first."""
+    size = candidate.n_billions
+    allowed = ["f16", "q8_0"] if size < 7 else ["q8_0"]
+    is_small_qwen = candidate.architecture.startswith("qwen") and size < 7
+    is_four = candidate.n_bits <= 4
+    if size >= 14 or (is_forced and not (is_small_qwen and is_four)):
+        allowed.append("q4_0")
+    return allowed if any(candidate.cell_bytes.values()) else ["f16"]  # a recurrent model has no such cache
+
+
+def _cache_warnings(candidate: Candidate, kind: str) -> list[str]:
+    if kind == "q4_0":
+        if candidate.n_billions < 14:
+            return ["a 4-bit cache is near-lossless from 14B on only"]
+        return ["a 4-bit cache, since an 8-bit one does not fit"]
+    if kind == "q8_0" and candidate.n_billions < 7:
+        return ["an 8-bit cache, since a 16-bit one, the rule below 7B, does not fit"]
+    return []

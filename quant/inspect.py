@@ -1,0 +1,226 @@
+"""What a model file says of itself: types, sizes, precision, and what is wrong with it. Pure reading of the header."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..runtime.errors import ModelBroken
+from ..runtime.formats import detect
+from ..runtime.header import Header, TensorEntry, check_header
+from ..runtime.native import CACHE_TYPES
+from ..runtime.precision import Precision, advice
+from .backend import CPU, Backend, effective
+from .gguf import ARCHITECTURES
+from .memory import is_cache_possible, is_tied, scheme_of, tensor_bytes, token_bytes, weights_bytes
+from .schemes import FILE_TYPES, MAIN_SCHEMES, SCHEMES
+from .source import Piece, join
+
+_N_TOKENS = 1000
+"""Of which the cache is told."""
+_MAIN_SHARE = 0.5
+"""Of the weights of the layers that the scheme in a file's name should hold."""
+_IMATRIX = "quantize.imatrix."
+
+
+@dataclass(frozen=True, slots=True)
+class TypeSum:
+    """All tensors of one type; `share` is of all bytes, `bits` per weight."""
+
+    name: str
+    n_tensors: int
+    n_parameters: int
+    n_bytes: int
+    share: float
+    bits: float
+
+
+@dataclass(frozen=True, slots=True)
+class PartSum:
+    """Bytes and tensors of the embedding, the layers, the output, or whatever else there is."""
+
+    name: str
+    n_tensors: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is known of a file from its header. `n_bytes` are those of the files, `weights_bytes` of the tensors."""
+
+    name: str
+    n_files: int
+    n_bytes: int
+    architecture: str
+    title: str
+    n_parameters: int
+    n_layers: int | None
+    n_context: int | None
+    n_vocab: int | None
+    file_type: str | None
+    weights_bytes: int
+    bits_per_weight: float
+    precision: Precision
+    types: tuple[TypeSum, ...]
+    parts: tuple[PartSum, ...]
+    is_output_tied: bool
+    cache_bytes: dict[str, int | None]
+    """Of 1,000 tokens by cache type; None for a type that the heads do not fill."""
+    effective: dict[str, dict[str, str]]
+    """By backend and by type of matrices, bits of weights and activations as they are multiplied."""
+    has_template: bool
+    thinking_format: str
+    imatrix: dict[str, Any]
+    quantization_version: int | None
+    warnings: tuple[str, ...]
+
+
+def inspect(pieces: Sequence[Piece], cache_type: str = "f16", backends: Iterable[Backend] = (CPU,)) -> Report:
+    """The report of a model in one file or several; `cache_type` is what the advice is about.
+
+    Raises ModelBroken for parts that do not belong together, ModelUnsupported for unknown types of tensors.
+    """
+    header = join(pieces)
+    n_parameters, weights = sum(math.prod(entry.shape) for entry in header.tensors), weights_bytes(header)
+    if not n_parameters:
+        raise ModelBroken(f"{pieces[0].name} holds no tensors; give a whole model")
+    file_type = FILE_TYPES.get(_integer(header.values.get("general.file_type"), -1))
+    precision = Precision(_scheme(header, file_type), 8 * weights / n_parameters)
+    matrices = dict.fromkeys(scheme_of(entry) for entry in header.tensors if len(entry.shape) > 1)
+    return Report(
+        name=pieces[0].name,
+        n_files=len(pieces),
+        n_bytes=header.n_bytes,
+        n_parameters=n_parameters,
+        n_vocab=next((entry.shape[-1] for entry in header.tensors if entry.name == "token_embd.weight"), None),
+        file_type=file_type,
+        weights_bytes=weights,
+        bits_per_weight=precision.bits_per_weight,
+        precision=precision,
+        types=_types(header, weights),
+        parts=_parts(header),
+        is_output_tied=is_tied(header),
+        cache_bytes=_caches(header),
+        effective={
+            backend.name: {scheme.name: effective(scheme, backend) for scheme in matrices} for backend in backends
+        },
+        warnings=tuple(_warnings(pieces, header, file_type, precision, n_parameters, cache_type)),
+        **_metadata(header.values),
+    )
+
+
+def _metadata(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the report that are told by the metadata alone."""
+    texts = {key: value for key, value in values.items() if isinstance(value, str)}
+    architecture, template = texts.get("general.architecture", ""), texts.get("tokenizer.chat_template")
+    return {
+        "architecture": architecture,
+        "title": texts.get("general.name", ""),
+        "n_layers": _integer(values.get(f"{architecture}.block_count")),
+        "n_context": _integer(values.get(f"{architecture}.context_length")),
+        "has_template": bool(template),
+        "thinking_format": detect(template, texts).name,
+        "imatrix": {key.removeprefix(_IMATRIX): value for key, value in values.items() if key.startswith(_IMATRIX)},
+        "quantization_version": _integer(values.get("general.quantization_version")),
+    }
+
+
+def _integer(value: Any, default: int | None = None) -> Any:
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def _caches(header: Header) -> dict[str, int | None]:
+    return {
+        kind: round(_N_TOKENS * token_bytes(header, kind)) if is_cache_possible(header, kind) else None
+        for kind in CACHE_TYPES
+    }
+
+
+def _types(header: Header, weights: int) -> tuple[TypeSum, ...]:
+    """The sums by type, most bytes first."""
+    found: dict[str, list[TensorEntry]] = {}
+    for entry in header.tensors:
+        found.setdefault(scheme_of(entry).name, []).append(entry)
+    sums = []
+    for name, entries in found.items():
+        n_bytes = sum(map(tensor_bytes, entries))
+        n_parameters = sum(math.prod(entry.shape) for entry in entries)
+        sums.append(TypeSum(name, len(entries), n_parameters, n_bytes, n_bytes / weights, SCHEMES[name].bits))
+    return tuple(sorted(sums, key=lambda one: -one.n_bytes))
+
+
+def _parts(header: Header) -> tuple[PartSum, ...]:
+    named = {"blk": "layers", "token_embd": "embedding", "output": "output", "output_norm": "output"}
+    found: dict[str, list[int]] = {"embedding": [], "layers": [], "output": [], "other": []}
+    for entry in header.tensors:
+        found[named.get(entry.name.split(".")[0], "other")].append(tensor_bytes(entry))
+    return tuple(PartSum(name, len(sizes), sum(sizes)) for name, sizes in found.items() if sizes or name != "other")
+
+
+def _layer_shares(header: Header) -> dict[str, float]:
+    """Share of each type in the weights of the layers' matrices, the largest first; of all where no layer has one."""
+    matrices = [entry for entry in header.tensors if len(entry.shape) > 1]
+    counted: dict[str, int] = {}
+    for entry in [entry for entry in matrices if entry.name.startswith("blk.")] or matrices or header.tensors:
+        name = scheme_of(entry).name
+        counted[name] = counted.get(name, 0) + math.prod(entry.shape)
+    total = sum(counted.values())
+    return {name: n / total for name, n in sorted(counted.items(), key=lambda item: -item[1])}
+
+
+def _scheme(header: Header, file_type: str | None) -> str:
+    """The file's own word where most weights of the layers are of it, else the type that most of them have."""
+    shares = _layer_shares(header)
+    if file_type is not None and shares.get(MAIN_SCHEMES[file_type].name, 0.0) >= _MAIN_SHARE:
+        return file_type
+    return next(iter(shares))
+
+
+def _warnings(
+    pieces: Sequence[Piece],
+    header: Header,
+    file_type: str | None,
+    precision: Precision,
+    n_parameters: int,
+    cache_type: str,
+) -> Iterable[str]:
+    """One sentence each, what makes the file unusable first."""
+    architecture = str(header.values.get("general.architecture", ""))
+    for piece in pieces:
+        ends = [
+            (piece.header.data_offset + entry.offset + tensor_bytes(entry), entry) for entry in piece.header.tensors
+        ]
+        end, last = max(ends, key=lambda pair: pair[0], default=(0, None))
+        if last is not None and end > piece.n_bytes:
+            yield (
+                f"{piece.name} is truncated: the tensor {last.name!r} ends at {end} and the file at {piece.n_bytes}; "
+                f"get it again"
+            )
+    try:
+        check_header(header.values, pieces[0].name)
+    except ModelBroken as error:
+        yield str(error)
+    yield from _about_types(header, file_type)
+    if architecture not in ARCHITECTURES:
+        yield (
+            f"the architecture {architecture!r} is not known to give the same answers cut in windows, so it cannot be "
+            f"shared with --cluster; known are {', '.join(ARCHITECTURES)}"
+        )
+    if not is_cache_possible(header, cache_type):
+        yield f"the heads of the model do not fill the blocks of a {cache_type} cache; take the cache type f16"
+    yield from advice(precision, n_parameters, cache_type, architecture)
+
+
+def _about_types(header: Header, file_type: str | None) -> Iterable[str]:
+    shares = _layer_shares(header)
+    main = MAIN_SCHEMES[file_type].name if file_type is not None else next(iter(shares))
+    listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    if shares.get(main, 0.0) < _MAIN_SHARE:
+        said = f", although the file says {file_type}, which is mostly {main}" if file_type is not None else ""
+        yield f"types are mixed: the weights of the layers are {listed}{said}; judge the file by these"
+    packed = SCHEMES[next(iter(shares))]
+    if packed.weight_bits <= 4 and not packed.is_native and not any(key.startswith(_IMATRIX) for key in header.values):
+        yield (
+            f"{packed.name} weights were made without an importance matrix, or the file does not tell; "
+            f"one made with it, from the model's own reasoning, loses less"
+        )

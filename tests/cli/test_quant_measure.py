@@ -1,0 +1,195 @@
+"""`localreason quant measure` and `quant choose`: results, files, and mistakes that are told in a sentence."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from localreason.cli.build import Wiring
+from localreason.cli.hub import HuggingFace
+from localreason.cli.main import ExitCode, main
+from localreason.runtime.errors import ModelError
+from tests.cli.fake import FakeHub, wiring
+from tests.gguf_models import write_model
+
+TEXT = "the theory in the thing and a thin other " * 40
+DEVICE = {
+    "name": "attic",
+    "memory_bytes": 1 << 30,
+    "weight_speeds": {"F32": 5e9, "Q8_0": 5e9},
+    "prefill_speeds": {"F32": 5e10, "Q8_0": 5e10},
+    "memory_bandwidth": 1e10,
+    "disk_sequential": 1e9,
+    "disk_random": 1e8,
+    "gpu_name": "",
+    "gpu_memory_bytes": 0,
+    "gpu_speed": 0.0,
+    "n_threads": 2,
+    "system": "Linux",
+    "measured_at": 0.0,
+    "version": "0",
+    "notes": [],
+}
+
+
+@pytest.fixture
+def text(home: Path) -> str:
+    (home / "text.txt").write_text(TEXT)
+    return "text.txt"
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object, wired: Wiring | None = None) -> tuple[int, str, str]:
+    code = main(["quant", *map(str, args)], wired)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_a_file_against_itself_and_against_its_own_4_bit_cache(tiny_model, text, capsys):
+    common = ("measure", tiny_model, tiny_model, "--text", text, "--context", 64, "--threads", 1)
+    code, printed, _ = run(capsys, *common, "--json")
+    found = json.loads(printed)
+    assert code == ExitCode.OK
+    assert found["drift"]["divergence"] == {"value": 0, "error": 0}
+    assert found["drift"]["same_top"]["value"] == 1
+    assert found["candidate"]["bits_per_weight"] == 32
+    code, printed, _ = run(capsys, *common, "--cache-type-candidate", "q4_0", "--tokens", 200, "--out", "q4.json")
+    written = json.loads(Path("q4.json").read_text())
+    assert written["drift"]["divergence"]["value"] > 0
+    assert written["drift"]["n_chunks"] == 3
+    assert (written["reference"]["cache_type"], written["candidate"]["cache_type"]) == ("f16", "q4_0")
+    assert "KL divergence" in printed
+
+
+def test_traces_are_results_of_solve(tiny_model, home, capsys):
+    (home / "results.jsonl").write_text(json.dumps({"thinking": TEXT, "text": "\\boxed{7}"}) + "\n")
+    code, printed, _ = run(
+        capsys, "measure", tiny_model, tiny_model, "--traces", "results.jsonl", "--context", 64, "--json"
+    )
+    assert code == ExitCode.OK
+    assert json.loads(printed)["on"]["kind"] == "traces"
+
+
+def test_problems_are_solved_by_both_with_the_same_seed(tiny_model, problems, capsys):
+    models = []
+    name = problems("one", "two", "this is too long")
+    args = ("measure", tiny_model, tiny_model, "--problems", name, "--seed", 3, "--json")
+    code, printed, _ = run(capsys, *args, wired=wiring(models))
+    found = json.loads(printed)
+    assert code == ExitCode.OK
+    assert [one.asked for one in models] == [["p0", "p1", "p2"]] * 2
+    assert (found["problems"]["n_problems"], found["problems"]["n_failed"]) == (2, 1)
+    assert found["problems"]["accuracy"] == {"mean": 0, "low": 0, "high": 0}
+    assert found["on_problems"]["recipe"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "reason"),
+    [
+        ((), ExitCode.USAGE, "--text"),
+        (("--text", "text.txt", "--traces", "text.txt"), ExitCode.USAGE, "one of --text and --traces"),
+        (("--text", "none.txt"), ExitCode.INPUT, "there is no file none.txt"),
+        (("--text", "."), ExitCode.INPUT, "cannot be read"),
+        (("--text", "binary"), ExitCode.INPUT, "not UTF-8 at byte 3"),
+        (("--text", "blank"), ExitCode.INPUT, "is empty"),
+        (("--text", "short"), ExitCode.INPUT, "does not fill one chunk: 5 tokens"),
+        (("--text", "text.txt", "--context", 1024), ExitCode.INPUT, "not fill|above the 512"),
+        (("--text", "text.txt", "--cache-type-candidate", "q2"), ExitCode.USAGE, "choose one of"),
+        (("--text", "text.txt", "--out", "no/where.json"), ExitCode.OUTPUT, "no such folder"),
+        (("--traces", "text.txt"), ExitCode.INPUT, "line 1 is not a result"),
+        (("--problems", "none.jsonl"), ExitCode.INPUT, "there is no file none.jsonl"),
+    ],
+)
+def test_mistakes_are_sentences(tiny_model, text, home, capsys, args, code, reason):
+    (home / "binary").write_bytes(b"ab\xff\xfe")
+    (home / "blank").write_text("\n \n")
+    (home / "short").write_text("short")
+    found, _, told = run(capsys, "measure", tiny_model, tiny_model, *args)
+    assert found == code, told
+    assert any(part in told for part in reason.split("|"))
+    assert "bug" not in told
+
+
+def test_other_vocabularies_and_files_that_are_no_models_are_refused(tiny_model, text, home, capsys):
+    (home / "other.gguf").write_bytes(Path(tiny_model).read_bytes().replace(b"<think>", b"<thank>"))
+    code, _, told = run(capsys, "measure", tiny_model, "other.gguf", "--text", text, "--context", 64)
+    assert code == ExitCode.MODEL
+    assert "token 258 is '<thank>' and not '<think>'" in told
+    (home / "page.gguf").write_text("<!doctype html>")
+    code, _, told = run(capsys, "measure", tiny_model, "page.gguf", "--text", text)
+    assert code == ExitCode.MODEL
+    assert "not a GGUF" in told
+
+
+def test_weights_that_are_no_numbers_are_reported(tiny_model, text, home, capsys):
+    data = bytearray(Path(tiny_model).read_bytes())
+    data[-4:] = b"\x00\x00\xc0\x7f"  # the last weight of the last tensor
+    (home / "broken.gguf").write_bytes(data)
+    code, _, told = run(capsys, "measure", tiny_model, "broken.gguf", "--text", text, "--context", 64)
+    assert code == ExitCode.MODEL
+    assert "broken.gguf gives" in told
+
+
+def test_choose_takes_measured_results_and_says_why(tiny_model, text, home, capsys):
+    write_model(home / "deep.gguf", n_layers=9)
+    run(capsys, "measure", tiny_model, "deep.gguf", "--text", text, "--context", 64, "--out", "m.json")
+    code, printed, _ = run(capsys, "choose", tiny_model, "deep.gguf", "--context", 512, "--measured", "m.json")
+    assert code == ExitCode.OK
+    lines = printed.splitlines()
+    assert lines[0].startswith("Take deep.gguf with 512 tokens of context and a f16 cache")
+    assert "a larger model comes before more bits, so before tiny.gguf" in lines[1]
+    assert lines[2].startswith("Measured here: KL ")
+    assert "to tiny.gguf" in lines[2]
+
+
+def test_choose_for_a_described_cluster_expects_seconds(tiny_model, home, capsys):
+    (home / "home.json").write_text(json.dumps({"devices": [DEVICE, {**DEVICE, "name": "cellar"}]}))
+    code, printed, _ = run(capsys, "choose", tiny_model, "--devices", "home.json", "--context", 512, "--json")
+    assert code == ExitCode.OK
+    [option] = json.loads(printed)["options"]
+    assert option["verdict"] == "fits"
+    assert option["token_seconds"] > 0
+
+
+def test_choose_among_published_files_reads_one_header(home, capsys):
+    data = write_model(home / "tiny.gguf").read_bytes()
+
+    class Ranged(FakeHub):
+        def head(self, repository, name, n_bytes):
+            self.downloads.append(name)
+            return self._files[repository][name][: len(data) // 2]
+
+    files = {
+        name: data + bytes(size) for name, size in (("t-Q8_0.gguf", 9), ("t-F16.gguf", 99), ("mmproj-F16.gguf", 0))
+    }
+    files |= {f"t-Q4_K_M-0000{i}-of-00002.gguf": data for i in (1, 2)}
+    hub = Ranged({"a/b": {**files, "README.md": b""}}, lambda data: hashlib.sha256(data).hexdigest())
+    code, printed, told = run(capsys, "choose", "--hf", "a/b", "--context", 512, "--json", wired=wiring(hub=hub))
+    assert code == ExitCode.OK, told
+    options = json.loads(printed)["options"]
+    assert [option["candidate"]["name"] for option in options] == ["a/b/t-Q8_0", "a/b/t-F16", "a/b/t-Q4_K_M"]
+    assert options[2]["candidate"]["n_bytes"] == 2 * len(data)
+    assert hub.downloads == ["t-Q8_0.gguf"]
+
+
+def test_a_hub_out_of_reach_is_a_sentence():
+    with pytest.raises(ModelError, match="cannot be reached for a/b"):
+        HuggingFace("http://127.0.0.1:9").head("a/b", "c.gguf", 100)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "reason"),
+    [
+        ((), ExitCode.MODEL, "no models on this machine"),
+        (("gone.gguf",), ExitCode.MODEL, "gone.gguf"),
+        (("text.txt",), ExitCode.MODEL, "not a GGUF"),
+        (("tiny", "--measured", "none.json"), ExitCode.INPUT, "none.json cannot be read"),
+        (("tiny", "--measured", "text.txt"), ExitCode.INPUT, "not a result"),
+        (("tiny", "--devices", "text.txt"), ExitCode.INPUT, "does not describe machines"),
+    ],
+)
+def test_mistakes_in_choosing_are_sentences(tiny_model, text, capsys, args, code, reason):
+    found, _, told = run(capsys, "choose", *(tiny_model if arg == "tiny" else arg for arg in args))
+    assert found == code, told
+    assert reason in told
+    assert "bug" not in told

@@ -1,0 +1,194 @@
+"""The advisor's rules: which file comes first, which is refused, which cache goes with it."""
+
+import pytest
+
+from localreason.quant.advice import explain
+from localreason.quant.choose import (
+    Candidate,
+    Fit,
+    Machine,
+    Measured,
+    Verdict,
+    cache_types,
+    describe,
+    find_scheme,
+    rank,
+)
+from localreason.quant.gguf import ModelFile
+from tests.gguf_models import write_model
+
+GIB = 1 << 30
+_BITS = {"F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.6, "Q5_K_M": 5.7, "Q4_K_M": 4.9, "Q3_K_L": 4.2, "Q2_K": 3.3}
+
+
+def candidate(billions, scheme, architecture="llama", n_context_train=32768):
+    """A model of this size with a cache of 100 kB a token and billion."""
+    n = int(billions * 1e9)
+    cell = 100e3 * billions**0.5
+    return Candidate(
+        name=f"m{billions:g}-{scheme}",
+        n_bytes=int(n * _BITS[scheme] / 8),
+        n_parameters=n,
+        bits_per_weight=_BITS[scheme],
+        n_bits=int(find_scheme(scheme)[1]),
+        scheme=scheme,
+        architecture=architecture,
+        cell_bytes={"f16": cell, "q8_0": cell * 17 / 32, "q4_0": cell * 9 / 32},
+        n_context_train=n_context_train,
+    )
+
+
+def names(options):
+    return [option.candidate.name for option in options]
+
+
+def ranked(free_gib, *candidates, n_context=8192, **rest):
+    return rank(candidates, Machine(int(free_gib * GIB)), n_context, **rest)
+
+
+def test_eight_bits_are_the_default_even_where_sixteen_fit():
+    files = [candidate(1.7, scheme) for scheme in ("F16", "Q4_K_M", "Q8_0", "Q6_K", "Q5_K_M")]
+    assert names(ranked(64, *files)) == ["m1.7-Q8_0", "m1.7-F16", "m1.7-Q6_K", "m1.7-Q5_K_M", "m1.7-Q4_K_M"]
+
+
+def test_where_memory_is_short_a_larger_model_at_four_bits_comes_before_a_smaller_one_at_sixteen():
+    files = [candidate(2, "F16"), candidate(8, "Q8_0"), candidate(8, "Q4_K_M")]
+    found = ranked(7, *files)
+    assert names(found) == ["m8-Q4_K_M", "m2-F16", "m8-Q8_0"]
+    assert found[2].verdict is Verdict.LARGE
+    lines = explain(found, "7 GiB free")
+    assert len(lines) == 3
+    assert "m8-Q4_K_M with 8192 tokens of context and a q8_0 cache" in lines[0]
+    assert "about one point from 7B on" in lines[1]
+    assert "a larger model comes before more bits, so before m2-F16" in lines[1]
+
+
+def test_models_of_about_the_same_size_are_ordered_by_their_bits():
+    assert names(ranked(64, candidate(2, "Q4_K_M"), candidate(1.7, "Q8_0"))) == ["m1.7-Q8_0", "m2-Q4_K_M"]
+
+
+@pytest.mark.parametrize(
+    ("billions", "warning"), [(1.5, "3 to 6 points"), (3, "3 to 6 points"), (4.02, "nothing is known"), (6.74, None)]
+)
+def test_four_bit_weights_are_warned_of_below_7b(billions, warning):
+    [option] = ranked(64, candidate(billions, "Q4_K_M"))
+    assert option.verdict is Verdict.FITS
+    assert [warning is not None and warning in text for text in option.warnings] == ([True] if warning else [])
+
+
+def test_below_four_bits_is_refused_unless_forced():
+    files = [candidate(14, "Q3_K_L"), candidate(1, "Q8_0")]
+    found = ranked(64, *files)
+    assert names(found) == ["m1-Q8_0", "m14-Q3_K_L"]
+    assert found[1].verdict is Verdict.REFUSED
+    forced = ranked(64, *files, is_forced=True)
+    assert names(forced) == ["m14-Q3_K_L", "m1-Q8_0"]
+    assert any("3-bit weights cost" in text for text in forced[0].warnings)
+    refused = explain(ranked(64, files[0]), "64 GiB free")
+    assert refused[0].startswith("Take none")
+    assert "--force" in refused[0]
+
+
+@pytest.mark.parametrize(
+    ("billions", "scheme", "architecture", "is_forced", "allowed"),
+    [
+        (1.7, "Q8_0", "qwen3", False, ["f16", "q8_0"]),
+        (6.74, "Q8_0", "llama", False, ["q8_0"]),
+        (13.96, "Q4_K_M", "phi3", False, ["q8_0", "q4_0"]),
+        (8, "Q8_0", "qwen3", True, ["q8_0", "q4_0"]),
+        (1.7, "Q4_K_M", "qwen3", True, ["f16", "q8_0"]),
+        (1.7, "Q8_0", "qwen3", True, ["f16", "q8_0", "q4_0"]),
+        (1.7, "Q4_K_M", "llama", True, ["f16", "q8_0", "q4_0"]),
+    ],
+)
+def test_cache_types_go_by_size_and_four_bits_twice_are_never_for_small_qwen(
+    billions, scheme, architecture, is_forced, allowed
+):
+    assert cache_types(candidate(billions, scheme, architecture), is_forced) == allowed
+
+
+def test_a_smaller_cache_type_is_taken_where_the_preferred_does_not_hold_the_context():
+    file = candidate(16, "Q4_K_M")
+    cells = {kind: file.cell_bytes[kind] * 32768 for kind in file.cell_bytes}
+    free = file.n_bytes + (512 << 20) + int(cells["q4_0"]) + 256 * 10**6
+    [option] = rank([file], Machine(free), 32768)
+    assert (option.verdict, option.cache_type, option.n_context) == (Verdict.FITS, "q4_0", 32768)
+    assert any("4-bit cache" in text for text in option.warnings)
+
+
+def test_less_context_than_asked_for_comes_after_what_fits_whole():
+    large, small = candidate(3, "Q8_0"), candidate(1, "Q8_0")
+    found = rank([large, small], Machine(large.n_bytes + (512 << 20) + 300 * 10**6), 8192)
+    assert [(option.candidate, option.verdict) for option in found] == [(small, Verdict.FITS), (large, Verdict.SHORT)]
+    assert 256 <= found[1].n_context < 8192
+    assert any("of 8192 tokens" in text for text in found[1].warnings)
+
+
+def test_the_context_ends_where_the_training_did():
+    [option] = ranked(64, candidate(1, "Q8_0", n_context_train=2048))
+    assert (option.verdict, option.n_context) == (Verdict.FITS, 2048)
+    assert any("trained for 2048" in text for text in option.warnings)
+
+
+def test_a_loss_that_was_measured_and_is_no_chance_puts_a_file_behind_its_equals():
+    files = [candidate(8, "Q8_0"), candidate(8, "Q6_K")]
+    lost = Measured("m8-F16", "q8_0", 0.1, 0.9, (-0.1, -0.15, -0.05))
+    found = ranked(64, *files, measured={"m8-Q8_0": (lost,)})
+    assert names(found) == ["m8-Q6_K", "m8-Q8_0"]
+    other = Measured("m8-F16", "q4_0", 0.1, 0.9, (-0.1, -0.15, -0.05))
+    assert names(ranked(64, *files, measured={"m8-Q8_0": (other,)})) == ["m8-Q8_0", "m8-Q6_K"], "of another cache"
+    chance = Measured("m8-F16", "q8_0", 0.1, 0.9, (-0.1, -0.3, 0.1))
+    found = ranked(64, *files, measured={"m8-Q8_0": (chance,)})
+    assert names(found) == ["m8-Q8_0", "m8-Q6_K"]
+    assert explain(found, "64 GiB free")[2] == (
+        "Measured here: KL 0.1 nats, same top token 90.0%, accuracy -10.0 points (-30.0 to +10.0), to m8-F16, "
+        "with a q8_0 cache."
+    )
+
+
+def test_files_of_one_name_are_ranked_each_for_itself():
+    twins = [candidate(1, "Q8_0"), candidate(1, "Q8_0", "qwen3")]
+    assert len(ranked(64, *twins)) == 2
+
+
+def test_nothing_that_fits_is_said_with_what_the_smallest_needs():
+    lines = explain(ranked(1, candidate(8, "Q8_0"), candidate(8, "Q4_K_M")), "1 GiB free")
+    assert len(lines) == 3
+    assert lines[0].startswith("Take none")
+    assert "5." in lines[2]
+    assert "no file" in explain([], "1 GiB free")[1]
+
+
+def test_seconds_that_a_room_knows_are_said():
+    class Fast:
+        def fit(self, candidate, cache_type, n_context):
+            return Fit(n_context, 0.0421)
+
+    assert "42.1 ms a token" in explain(rank([candidate(1, "Q8_0")], Fast(), 4096), "a cluster")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("Qwen3-1.7B-Q4_K_M.gguf", ("Q4_K_M", 4)),
+        ("model.IQ4_XS.gguf", ("IQ4_XS", 4)),
+        ("gemma-BF16", ("BF16", 16)),
+        ("Qwen3-8B-UD-Q2_K_XL.gguf", ("Q2_K_XL", 2)),
+        ("BF16/big-q8_0", ("Q8_0", 8)),
+        ("gpt-oss-20b-mxfp4.gguf", ("MXFP4", 4)),
+        ("Qwen2.5-7B-Instruct.gguf", None),
+    ],
+)
+def test_schemes_are_read_from_names(name, scheme):
+    assert find_scheme(name) == scheme
+
+
+def test_a_file_is_described_by_its_tensors(tiny_model, tmp_path):
+    found = describe(ModelFile(tiny_model), "tiny")
+    assert (found.scheme, found.n_bits, found.bits_per_weight) == ("F32", 32, 32)
+    assert found.n_bytes == 4 * found.n_parameters
+    # One layer has one head of keys and values, each 32 numbers of two bytes.
+    assert found.cell_bytes["f16"] == 2 * 2 * 32 * 2
+    recurrent = describe(ModelFile(write_model(tmp_path / "mamba.gguf", "mamba")), "mamba")
+    assert cache_types(recurrent) == ["f16"]
+    assert Machine(GIB).fit(recurrent, "f16", 1000).n_context == 1000

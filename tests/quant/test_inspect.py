@@ -1,0 +1,352 @@
+"""What is told of model files: whole, split, truncated, too large to load, or published and left where they are."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from localreason.cli.main import ExitCode, main
+from localreason.quant.backend import Backend, backends, cpu_features, effective
+from localreason.quant.inspect import Report, inspect
+from localreason.quant.schemes import FTYPES, SCHEMES
+from localreason.quant.source import part_names, read_local, read_remote
+from localreason.runtime.errors import ModelBroken, ModelNotFound, ModelUnsupported
+from localreason.runtime.header import read_table
+from localreason.runtime.room import cell_bytes
+from tests import gguf_models
+from tests.gguf_models import write_model
+
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in [name for name in os.environ if name.startswith("LOCALREASON_")]:
+        monkeypatch.delenv(name)
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    return tmp_path
+
+
+def write_large(
+    path: Path, scheme: str, n_layers: int = 4, n_embd: int = 4096, n_tokens: int = 0, **values: Any
+) -> Path:
+    """A llama of one type of matrices whose weights are a hole in the file."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(32768)
+    writer.add_embedding_length(n_embd)
+    writer.add_block_count(n_layers)
+    writer.add_head_count(32)
+    writer.add_head_count_kv(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(values.pop("file_type", FTYPES.get(scheme, 0)))
+    if n_tokens:
+        writer.add_token_list([f"a token of the vocabulary, number {i}" for i in range(n_tokens)])
+    for key, value in values.items():
+        writer.add_string(key.replace("__", "."), value)
+    kind = gguf.GGMLQuantizationType[scheme]
+    rows = {"token_embd": 32000, "output": 32000, **{f"blk.{i}.ffn_up": 4 * n_embd for i in range(n_layers)}}
+    for name, n_rows in rows.items():
+        n_bytes = n_rows * SCHEMES[scheme].row_bytes(n_embd)
+        shape = (n_rows, SCHEMES[scheme].row_bytes(n_embd))
+        writer.add_tensor_info(f"{name}.weight", shape, np.dtype(np.uint8), n_bytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = read_table(path)
+    last = header.tensors[-1]
+    size = last.shape[1] * SCHEMES[scheme].row_bytes(last.shape[0])
+    os.truncate(path, header.data_offset + last.offset + size)
+    return path
+
+
+def write_split(folder: Path, n_tensors: int = 8) -> list[Path]:
+    """A tiny llama in several files, as gguf's own writer splits it."""
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama", split_max_tensors=n_tensors)
+    gguf_models._add_vocabulary(writer)
+    gguf_models._add_shape(writer, "llama", 2)
+    random = np.random.default_rng(0)
+    for name, shape in gguf_models._tensors("llama", 2, 256 + 4 + 5).items():
+        writer.add_tensor(name, gguf_models._weights(random, name, shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob("tiny-*.gguf"))
+
+
+def report(path: Path, cache_type: str = "f16") -> Report:
+    return inspect(read_local(path), cache_type)
+
+
+def warned(found: Report, words: str) -> bool:
+    return any(re.search(words, warning) for warning in found.warnings)
+
+
+def test_sums_by_type_and_part_are_those_of_the_tensors(home: Path):
+    path = write_model(home / "tiny.gguf", "qwen3")
+    found, header = report(path), read_table(path)
+    n = sum(int(np.prod(entry.shape)) for entry in header.tensors)
+    assert (found.architecture, found.n_parameters, found.weights_bytes) == ("qwen3", n, 4 * n)
+    assert (found.n_layers, found.n_context, found.n_vocab, found.n_bytes) == (2, 512, 265, path.stat().st_size)
+    (one,) = found.types
+    assert (one.name, one.n_tensors, one.n_bytes, one.share, one.bits) == ("F32", len(header.tensors), 4 * n, 1, 32)
+    assert sum(part.n_bytes for part in found.parts) == 4 * n
+    assert {part.name: part.n_bytes for part in found.parts}["embedding"] == 265 * 64 * 4
+    assert found.is_output_tied
+    assert found.cache_bytes == {kind: 1000 * cell_bytes(header.values, kind) for kind in ("f16", "q8_0", "q4_0")}
+    assert found.has_template
+    assert found.thinking_format == "prompted"
+    assert found.warnings == ()
+
+
+def test_a_file_larger_than_the_memory_is_inspected(home: Path):
+    found = report(write_large(home / "large.gguf", "Q4_K", n_layers=80, n_embd=65536, file_type=FTYPES["Q4_K_M"]))
+    assert found.weights_bytes > 700e9
+    assert found.precision.scheme == "Q4_K_M"
+    assert found.bits_per_weight == 4.5
+    assert {part.name: part.n_tensors for part in found.parts} == {"embedding": 1, "layers": 80, "output": 1}
+    assert not found.is_output_tied
+    assert found.effective == {"CPU": {"Q4_K": "W4A8"}}
+    # A good file of a large model: only that nothing is said of an importance matrix.
+    assert len(found.warnings) == 1
+    assert warned(found, "without an importance matrix")
+
+
+def test_an_importance_matrix_is_shown_and_ends_its_warning(home: Path):
+    found = report(write_large(home / "m.gguf", "IQ4_XS", 120, **{"quantize__imatrix__file": "traces.dat"}))
+    assert found.imatrix == {"file": "traces.dat"}
+    assert not warned(found, "importance")
+    assert not warned(report(write_large(home / "n.gguf", "MXFP4", 120)), "importance")  # trained so
+
+
+def test_a_name_that_does_not_fit_the_weights_is_told(home: Path):
+    found = report(write_large(home / "m.gguf", "Q5_0", file_type=FTYPES["Q4_K_M"]))
+    assert found.precision.scheme == "Q5_0"
+    assert warned(found, r"types are mixed: .*Q5_0 100%, although the file says Q4_K_M")
+
+
+def test_advice_about_precision_is_that_of_size_and_cache(home: Path):
+    path = write_large(home / "m.gguf", "Q3_K", file_type=FTYPES["Q3_K_M"])
+    assert warned(report(path), "below 4 reasoning breaks")
+    assert not warned(report(path), "q4_0")
+    assert warned(report(path, "q4_0"), "q4_0 cache is near lossless from 14B")
+    assert warned(report(write_large(home / "n.gguf", "Q4_0")), "below 4B")
+
+
+def test_what_the_cluster_and_caches_cannot_do_is_told(home: Path):
+    assert warned(report(write_model(home / "m.gguf", "mamba")), "'mamba' is not known .* --cluster")
+    odd = write_model(home / "odd.gguf", values={"llama.attention.key_length": 40})
+    found = report(odd, "q8_0")
+    assert found.cache_bytes["q8_0"] is None
+    assert found.cache_bytes["f16"]
+    assert warned(found, "do not fill the blocks of a q8_0 cache")
+
+
+def test_a_truncated_file_is_read_and_told(home: Path):
+    path = write_model(home / "m.gguf")
+    os.truncate(path, path.stat().st_size - 1000)
+    found = report(path)
+    assert found.warnings[0].startswith(f"{path} is truncated: the tensor 'blk.1.ffn_down.weight' ends at")
+    os.truncate(path, 2000)
+    with pytest.raises(ModelBroken, match="truncated or damaged"):
+        report(path)
+
+
+def test_numbers_that_llama_cpp_would_end_on_are_told(home: Path):
+    found = report(write_model(home / "m.gguf", values={"llama.attention.layer_norm_rms_epsilon": -1.0}))
+    assert "layer_norm_rms_epsilon is -1.0" in found.warnings[0]
+
+
+def test_a_type_that_is_not_known_is_refused(home: Path):
+    path = write_model(home / "m.gguf")
+    pieces = read_local(path)
+    entry = pieces[0].header.tensors[0]
+    pieces[0].header.tensors[0] = type(entry)(entry.name, entry.shape, 99, entry.offset)
+    with pytest.raises(ModelUnsupported, match="of type 99"):
+        inspect(pieces)
+
+
+def test_a_split_model_is_one_by_any_of_its_parts(home: Path):
+    whole, parts = report(write_model(home / "whole.gguf")), write_split(home)
+    assert len(parts) == 3
+    for part in parts:
+        found = report(part)
+        assert found.n_files == 3
+        assert found.n_bytes == sum(path.stat().st_size for path in parts)
+        assert (found.n_parameters, found.types, found.parts) == (whole.n_parameters, whole.types, whole.parts)
+        assert found.warnings == ()
+
+
+def test_parts_that_are_missing_renamed_or_swapped_are_told(home: Path):
+    first, second, third = write_split(home)
+    swapped = second.read_bytes()
+    second.unlink()
+    with pytest.raises(ModelNotFound, match=r"one of 3 parts and \S+tiny-00002-of-00003.gguf is missing"):
+        report(first)
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(ModelBroken, match="part 2 of 3, counted from 0, and it stands for part 1"):
+        report(first)
+    second.write_bytes(swapped)
+    lone = first.rename(home / "lone.gguf")
+    with pytest.raises(ModelBroken, match="one of 3 parts and 1 were found"):
+        report(lone)
+    assert part_names("m.gguf") == ["m.gguf"]
+
+
+def test_bits_of_activations_depend_on_what_computes():
+    gpu, metal, vulkan = (Backend(name, name.rstrip("0")) for name in ("CUDA0", "Metal", "Vulkan0"))
+    assert effective(SCHEMES["Q8_0"], Backend("CPU", "CPU")) == "W8A8"
+    assert effective(SCHEMES["Q4_K"], gpu) == "W4A8"
+    assert effective(SCHEMES["Q4_K"], metal) == "W4A16"
+    assert effective(SCHEMES["Q4_K"], vulkan) == "W4A8 or W4A16"
+    assert effective(SCHEMES["F16"], gpu) == effective(SCHEMES["BF16"], Backend("CPU", "CPU")) == "W16A16"
+    assert backends()[-1].driver == "CPU"
+    assert "CPU" not in cpu_features()
+    assert cpu_features()
+
+
+def test_a_remote_header_is_read_in_few_growing_ranges(home: Path):
+    path = write_large(home / "m.gguf", "Q8_0", n_tokens=150_000)
+    asked: list[tuple[int, int]] = []
+
+    def fetch(start: int, n_bytes: int) -> bytes:
+        asked.append((start, n_bytes))
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(n_bytes)
+
+    piece = read_remote("m", path.stat().st_size, fetch)
+    end = piece.header.data_offset
+    assert piece.header.tensors == read_table(path).tensors
+    assert end > 5 * MIB
+    assert [start + n for start, n in asked[:-1]] == [start for start, _ in asked[1:]]
+    assert sum(n for _, n in asked) < 2.1 * end
+    assert len(asked) < 8
+    with pytest.raises(ModelBroken, match="of 262144 bytes came"):
+        read_remote("m", path.stat().st_size, lambda start, n: b"GGUF")
+
+
+class Published(BaseHTTPRequestHandler):
+    """The two requests of the Hub that are needed: the files of a repository, and a range of one."""
+
+    files: dict[str, Path]
+    n_sent: int
+    has_ranges: bool
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/models/a/b"):
+            siblings = [{"rfilename": name, "size": path.stat().st_size} for name, path in self.files.items()]
+            return self._send(200, json.dumps({"id": "a/b", "siblings": siblings}).encode())
+        path = self.files.get(self.path.removeprefix("/a/b/resolve/main/"))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if path is None or wanted is None:
+            return self._send(404, b"")
+        if not self.has_ranges:
+            self.send_response(200)
+            self.send_header("Content-Length", str(path.stat().st_size))
+            return self.end_headers()
+        with path.open("rb") as file:
+            file.seek(int(wanted[1]))
+            return self._send(206, file.read(int(wanted[2]) - int(wanted[1]) + 1))
+
+    def _send(self, status: int, body: bytes) -> None:
+        type(self).n_sent += len(body)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(home: Path) -> Iterator[type[Published]]:
+    """A server in place of the Hub; its class holds what it serves and counts what it sent."""
+    handler = type("Handler", (Published,), {"files": {}, "n_sent": 0, "has_ranges": True, "url": ""})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        handler.url = f"http://127.0.0.1:{server.server_address[1]}"  # pyright: ignore[reportAttributeAccessIssue]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield handler
+        server.shutdown()
+        thread.join()
+
+
+def run(hub: type[Published], *args: str) -> "subprocess.CompletedProcess[str]":
+    """The command in a process of its own: huggingface_hub reads the address of the Hub once."""
+    url: str = hub.url  # pyright: ignore[reportAttributeAccessIssue]
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", "from localreason.cli.main import run; run()", "quant", "inspect", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "HF_ENDPOINT": url, "NO_PROXY": "*", "HF_HUB_DISABLE_TELEMETRY": "1"},
+    )
+
+
+def test_a_published_file_is_inspected_and_not_downloaded(hub: type[Published], home: Path):
+    large = write_large(home / "large.gguf", "Q8_0", n_tokens=50_000)
+    hub.files = {"m-Q8_0.gguf": large, "m-Q4_0.gguf": large, "README.md": large}
+    done = run(hub, "a/b:Q8_0", "--json")
+    assert not done.returncode, done.stderr
+    row = json.loads(done.stdout)
+    assert row["name"] == "hf://a/b/m-Q8_0.gguf"
+    assert row["n_bytes"] == large.stat().st_size > 100 * MIB
+    assert row["precision"]["scheme"] == "Q8_0"
+    assert hub.n_sent < 8 * MIB
+
+
+def test_a_published_split_model_is_read_by_one_reference(hub: type[Published], home: Path):
+    hub.files = {f"UD/{path.name}": path for path in write_split(home)}
+    done = run(hub, "hf://a/b/UD/tiny-00001-of-00003.gguf", "--json")
+    assert not done.returncode, done.stderr
+    assert json.loads(done.stdout)["n_files"] == 3
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("a/b:Q4_0", "has no Q4_0; it has m-Q8_0"),
+        ("hf://nothing", "names no published model"),
+        ("a/b:Q8_0", "sends whole files only"),
+    ],
+)
+def test_what_cannot_be_read_from_afar_is_one_sentence(hub: type[Published], home: Path, reference: str, words: str):
+    hub.files, hub.has_ranges = {"m-Q8_0.gguf": write_large(home / "m.gguf", "Q8_0")}, False
+    done = run(hub, reference)
+    assert done.returncode == ExitCode.MODEL
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_tells_a_person_all_of_it(home: Path, capfd: pytest.CaptureFixture[str]):
+    path = write_model(home / "m.gguf", values={"general.name": "evil\x1b[31m\nname"})
+    assert main(["quant", "inspect", str(path)]) == ExitCode.OK
+    out = capfd.readouterr().out
+    for words in ("llama, 2 layers", "32.00 bits per weight", "F32", "embedding", "per 1,000 tokens", "W32A32"):
+        assert words in out
+    assert "\x1b" not in out
+    assert main(["quant", "inspect", str(path), "--json", "--cache-type", "q4_0"]) == ExitCode.OK
+    row = json.loads(capfd.readouterr().out)
+    assert any("q4_0 cache" in warning for warning in row["warnings"])
+
+
+@pytest.mark.parametrize("data", [b"", b"GGUF", b"no model at all, but long enough to have a header"])
+def test_a_file_that_is_no_model_is_a_model_error(data: bytes, home: Path, capfd: pytest.CaptureFixture[str]):
+    (home / "bad.gguf").write_bytes(data)
+    assert main(["quant", "inspect", str(home / "bad.gguf")]) == ExitCode.MODEL
+    assert main(["quant", "inspect", str(home / "missing.gguf")]) == ExitCode.MODEL
+    assert "Traceback" not in capfd.readouterr().err
