@@ -181,9 +181,9 @@ class RingEngine:
 
     def _drop(self, name: str, why: str) -> None:
         self._tell(f"{name} is lost: {why}")
-        if not self._absent:
-            self._background.start(self._await_return())
         self._absent.add(name)
+        if len(self._absent) == 1:  # whoever looks after the lost is not there yet
+            self._background.start(self._await_return())
 
     async def _await_return(self) -> None:
         """Look after lost nodes; one that answers again is used as soon as nothing is held."""
