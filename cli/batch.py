@@ -74,6 +74,8 @@ def solve_all(job: Job, argument: str) -> ExitCode:
     """Solve what is left of the problems; the exit code tells whether all went well."""
     todo, bad = _read(argument, job)
     path = build.find_model(job.config, job.wiring.hub)
+    if not job.is_quiet:
+        build.warn(path, job.config)
     model = {"name": path.stem, "sha256": checksum.sha256(path)}
     sink: Sink = (
         Printed() if job.output is None else Results(job.output, todo, model, job.recipe.describe(), job.is_forced)

@@ -1,5 +1,6 @@
 """The only place that wires settings to recipes, files and engines."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
@@ -116,6 +117,23 @@ def find_model(config: Config, hub: Callable[[], Hub]) -> Path:
         _tell(f"{reference} is not here yet; pulling it to {config.store}")
         path = store.pull(reference, config.store, hub())
     return path
+
+
+def warn(path: Path, config: Config) -> None:
+    """One line where the weights or the cache are known to hurt reasoning; nothing for the demo, which says so itself,
+    nor for a file that cannot be read, which loading tells."""
+    from ..quant.inspect import inspect
+    from ..quant.source import read_local
+    from ..runtime.errors import ModelError
+    from ..runtime.precision import advice
+
+    if config.settings.model is None:
+        return
+    with contextlib.suppress(ModelError):
+        report = inspect(read_local(path))
+        found = advice(report.precision, report.n_parameters, config.settings.cache_type, report.architecture)
+        if found:
+            _tell(found[0])
 
 
 def _tell(sentence: str) -> None:

@@ -122,6 +122,8 @@ def _solve_one(
     is_quiet: bool,
 ) -> ExitCode:
     path = build.find_model(settings, wiring.hub)
+    if not is_quiet and not is_json:
+        build.warn(path, settings)
     from .render import Stream, summary
     from .results import to_line
     from .row import make_row

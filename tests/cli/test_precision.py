@@ -1,0 +1,20 @@
+"""`solve` warns in one line of precision that is known to hurt, and of nothing else."""
+
+import subprocess
+
+import pytest
+
+from tests.cluster.processes import RUN
+from tests.gguf_models import write_model
+
+
+@pytest.mark.parametrize(("cache_type", "is_warned"), [("f16", False), ("q4_0", True)])
+def test_a_four_bit_cache_on_a_small_model_is_warned_of(tmp_path, cache_type, is_warned):
+    model = write_model(tmp_path / "tiny.gguf", values={"llama.context_length": 4096})
+    command = [*RUN, "solve", "What is 2 + 3?", "--model", str(model), "--max-tokens", "4", "--cache-type", cache_type]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("localreason:")]
+    assert len(lines) == is_warned
+    assert all("cache" in line for line in lines)
+    assert "localreason:" not in subprocess.run([*command, "-q"], capture_output=True, text=True, timeout=60).stderr
