@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,9 +314,16 @@ def _digest(path: Path, offset: int, n_bytes: int) -> bytes:
 
 def _replace(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    scratch = None
     try:
-        scratch.write_text(text)
+        number, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)  # two threads may write the same file
+        scratch = Path(name)
+        with os.fdopen(number, "w") as file:
+            file.write(text)
         scratch.replace(path)
+        scratch = None
     except OSError as error:
         raise ClusterError(f"{path} cannot be written: {error.strerror}; free some space") from error
+    finally:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
