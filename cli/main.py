@@ -48,7 +48,6 @@ _CODES: tuple[tuple[type[LocalReasonError], ExitCode], ...] = (
 
 GROUPS: dict[str, tuple[str, str]] = {
     "solve": ("solve", "Solve a question, or all problems of a file."),
-    "serve": ("serve", "Serve an OpenAI-compatible API on this machine."),
     "models": ("models", "List, fetch, inspect and remove models."),
     "quant": ("quant", "Inspect, convert and measure model files."),
     "controls": ("controls", "List the controls of the thinking and the presets."),
