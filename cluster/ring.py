@@ -207,8 +207,14 @@ class RingEngine:
         self._due = []
         self._number = 0
         n_held = sum(map(len, self._journal.base.tokens))
+        ring = self._ring
         for entry in self._journal.base.rebuild(self.n_batch):
             self._issue(entry, is_replay=True)
+            # A node takes a bounded number of steps at once, and a long answer has more than that.
+            while len(self._flights) >= self.n_in_flight:
+                self._advance()
+                if self._ring is not ring:  # another node was lost, and that was mended in there
+                    return
         n_unwanted = sum(not flight.is_wanted and not flight.is_replay for flight in flights.values())
         for entry in list(self._journal.pending):
             self._issue(entry)

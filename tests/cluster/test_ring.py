@@ -186,6 +186,19 @@ def test_a_lost_node_costs_no_token(model, head, spare, folder, harm):
     assert pause < 10, f"{pause:.1f} s passed without a token"
 
 
+def test_a_long_answer_is_evaluated_again_in_more_steps_than_a_node_lets_wait(model, head, spare, folder):
+    prompt = [(7 * i) % 256 for i in range(400)]
+    with whole(model) as engine:
+        for start in range(0, 400, 4):
+            expected = np.array(engine.decode([Span(0, start, prompt[start : start + 4])]))
+    with ring_of(model, head, spare, folder, n_batch=4) as ring:
+        for start in range(0, 396, 4):
+            ring.decode([Span(0, start, prompt[start : start + 4])])
+        spare[1].kill()
+        assert np.array_equal(ring.decode([Span(0, 396, prompt[396:])]), expected)
+        assert [name for name, _ in ring.timing.recoveries] == ["older"], "one loss, not one after the other"
+
+
 def test_losing_all_nodes_leaves_the_head_alone(model, head, spare, folder, expected):
     with ring_of(model, head, spare, folder) as ring:
         ring.decode([Span(0, 0, PROMPT)])
