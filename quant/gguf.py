@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from ..runtime.errors import ModelBroken, ModelUnsupported
 from ..runtime.header import Header, check_header, read_table
+from ..runtime.native import dequantize
 
 ALIGNMENT = 32
 _N_STUB = 32
@@ -287,9 +287,11 @@ class ModelFile:
 
     def embed(self, tokens: list[int]) -> NDArray[np.float32]:
         """The input of the first window, shape (n_tokens, n_embd): rows of the embedding as llama.cpp makes them."""
-        rows = dequantize(self._rows[np.asarray(tokens)], GGMLQuantizationType(self.embedding.kind))
-        rows = rows.astype(np.float32, copy=False).reshape(len(tokens), self.n_embd)
-        return rows * self._scale if self._scale is not None else np.ascontiguousarray(rows)
+        rows = self._rows[np.asarray(tokens)]
+        rows = (
+            rows.view(np.float32) if self.embedding.kind == _F32 else dequantize(rows, self.embedding.kind, self.n_embd)
+        )
+        return rows * self._scale if self._scale is not None else rows
 
     @cached_property
     def _scale(self) -> np.float32 | None:
@@ -299,9 +301,7 @@ class ModelFile:
     def _rows(self) -> NDArray[Any]:
         """The input table's bytes, mapped."""
         table = self.embedding
-        dtype = {_F32: np.dtype("<f4"), _F16: np.dtype("<f2")}.get(table.kind, np.dtype(np.uint8))
-        shape = (table.shape[1], table.n_bytes // table.shape[1] // dtype.itemsize)
-        return np.memmap(self.path, dtype, "r", table.offset, shape)
+        return np.memmap(self.path, np.uint8, "r", table.offset, (table.shape[1], table.n_bytes // table.shape[1]))
 
     def digest(self, part: Part) -> bytes:
         """The SHA-256 of a part's bytes, read from the file."""

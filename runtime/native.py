@@ -79,6 +79,32 @@ def _tensor_functions() -> tuple[Any, Any, Any]:
     return base.ggml_get_name, base.ggml_nbytes, base.ggml_backend_tensor_get
 
 
+@cache
+def _dequantizer(kind: int) -> Any:
+    """ggml's function from a row of a type to float32: (address, address, number of values)."""
+    base = ggml()
+    base.ggml_type_name.restype, base.ggml_type_name.argtypes = ctypes.c_char_p, [ctypes.c_int]
+    name = (base.ggml_type_name(kind) or b"").decode()
+    floats = {"f16": "ggml_fp16_to_fp32_row", "bf16": "ggml_bf16_to_fp32_row"}
+    function = getattr(base, floats.get(name, f"dequantize_row_{name}"), None)
+    if function is None:
+        raise ModelUnsupported(f"rows of type {name or kind} cannot be read; convert the file to another type")
+    function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    return function
+
+
+def dequantize(rows: NDArray[np.uint8], kind: int, n_values: int) -> NDArray[np.float32]:
+    """Rows of bytes of a ggml type as float32, shape (n_rows, n_values), bit for bit as llama.cpp reads them on a CPU.
+
+    The rows must hold `n_values` each by the type's own arithmetic: ggml does not look. Raises ModelUnsupported.
+    """
+    out = np.empty((len(rows), n_values), np.float32)
+    function, rows = _dequantizer(kind), np.ascontiguousarray(rows)
+    for row, target in zip(rows, out, strict=True):
+        function(row.ctypes.data, target.ctypes.data, n_values)
+    return out
+
+
 class Tap:
     """Takes the residual stream behind the last layer, before the norm, and ends the evaluation there.
 

@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf.quants
+import numpy as np
 import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from localreason.runtime import native
 from localreason.runtime.errors import ModelBroken, ModelNotFound, ModelUnsupported
 from localreason.runtime.llama import EngineOptions, load, load_tokenizer
 from tests.gguf_models import write_model
@@ -208,3 +212,16 @@ def test_opening_and_failing_print_nothing(tiny_model, tmp_path):
     )
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_rows_are_read_as_gguf_reads_them(name):
+    kind = GGMLQuantizationType[name]
+    n_values, n_bytes = GGML_QUANT_SIZES[kind]
+    rows = np.random.default_rng(0).integers(0, 60, (3, 512 // n_values * n_bytes), np.uint8)  # no NaN among scales
+    assert np.array_equal(native.dequantize(rows[::2], kind, 512), gguf.quants.dequantize(rows[::2], kind))
+
+
+def test_rows_of_a_type_without_a_reader_are_refused():
+    with pytest.raises(ModelUnsupported, match="i32"):
+        native.dequantize(np.zeros((1, 4), np.uint8), GGMLQuantizationType.I32, 1)
