@@ -178,6 +178,35 @@ class Bench:
             "ring_4_to_whole_4": found["ring, 4"] / found["whole, 4"],
         }
 
+    def limit(self, home):
+        """What this machine allows: speed of two independent processes at once to that of one, with one thread each.
+
+        A ring of two nodes with enough in flight can gain this much over a ring with one sequence, and no more.
+        """
+        context = multiprocessing.get_context("spawn")
+        pipes, processes = [], []
+        for _ in range(2):
+            here, there = context.Pipe()
+            process = context.Process(target=_independent, args=(self.options, there), daemon=True)
+            process.start()
+            pipes.append(here)
+            processes.append(process)
+
+        def speed(n, what):
+            for pipe in pipes[:n]:
+                pipe.send(what)
+            return sum(1 / pipe.recv() for pipe in pipes[:n])
+
+        try:
+            cases = {
+                f"{what}, {n}": lambda n=n, what=what: speed(n, what) for what in ("decode", "prefill") for n in (1, 2)
+            }
+            found = medians(cases, self.options.repeats)
+        finally:
+            for process in processes:
+                process.terminate()
+        return {what: found[f"{what}, 2"] / found[f"{what}, 1"] for what in ("decode", "prefill")}
+
     def prefill(self, home):
         # Of a prompt only the last token meets the output matrix, so here equal windows are balanced.
         even = [("n0", self.n_layers - self.n_layers // 2), (HEAD, self.n_layers // 2)]
@@ -301,6 +330,18 @@ class Bench:
         return found
 
 
+def _independent(options, pipe):
+    """Seconds of each piece of work that the pipe asks for, on a whole model of this process's own."""
+    bench = Bench(options)
+    with contextlib.closing(bench.whole(1)) as whole:
+        while True:
+            if pipe.recv() == "decode":
+                seconds = options.tokens / bench.speed(whole, 1)()
+            else:
+                seconds = run(whole, bench.tokenizer, bench.sample, bench.long, 1, 1)[0]
+            pipe.send(seconds)
+
+
 def _proxy(port, delay, ready):
     async def pipe(reader, writer):
         waiting = asyncio.Queue()
@@ -334,7 +375,7 @@ def _proxy(port, delay, ready):
 
 
 def main():
-    names = ("recovery", "decode", "prefill", "rounds", "nodes", "delay", "rows")
+    names = ("recovery", "limit", "decode", "prefill", "rounds", "nodes", "delay", "rows")
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--split", required=True, help="layers of the node and of the head, e.g. 16,12")
