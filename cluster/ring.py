@@ -7,7 +7,6 @@ tokens so far are evaluated in the new caches (`journal.py`), and what was on it
 sees a pause and nothing else.
 """
 
-import asyncio
 import contextlib
 import queue
 import time
@@ -24,7 +23,8 @@ from .codec import ROW_TYPES, pack_rows, pack_spans, unpack_rows
 from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
 from .formation import HEAD, Formation, Lost, Placement, Returned
 from .journal import Entry, Journal, Memory
-from .member import Address, Dialer, Member
+from .member import Address, Dialer
+from .roster import Roster
 from .session import apply
 from .store import Store
 from .window import WindowOptions
@@ -33,7 +33,6 @@ from .wire import ring_pb2 as wire
 _FORM_SECONDS = 1200.0
 _STEP_SECONDS = 120.0
 """A step that takes longer has met a node that hangs."""
-_RETRY_SECONDS = 5.0
 Placer = Callable[[list[str]], Placement]
 """From the names of the nodes that are there to the windows. Raises PlanImpossible."""
 
@@ -100,9 +99,6 @@ class RingEngine:
         """Forms the ring. Raises PlanImpossible, NodeBusy, ClusterError, ModelError, OutOfMemory."""
         file.check_cut()
         self._file = file
-        self._addresses = {address.name: address for address in addresses}
-        self._absent: set[str] = set()
-        self._returned: set[str] = set()
         self._dialer, self._store, self._place, self._tell = dialer, store, place, tell
         self._options = options
         self.n_vocab = file.n_vocab
@@ -117,6 +113,7 @@ class RingEngine:
         self._number = 0
         self._formation: Formation | None = None
         self._background = Background()
+        self._roster = Roster(addresses, dialer, self._background, tell)
         try:
             self._form()
         except BaseException:
@@ -148,14 +145,13 @@ class RingEngine:
     def _form(self) -> None:
         """Place the windows on the nodes that are there and open them, again without those that are lost meanwhile."""
         while True:
-            names = [name for name in self._addresses if name not in self._absent]
-            placement = self._place(names)
+            placement = self._place(self._roster.present)
             options = self._options
             window_options = WindowOptions(self.n_context, self.n_sequences, self.n_batch, options.cache_type)
             formation = Formation(self._file, placement, window_options, ROW_TYPES[options.row_type])
             self._formation = formation
             try:
-                opening = formation.open(self._addresses, self._dialer, self._store, options.name)
+                opening = formation.open(self._roster.addresses, self._dialer, self._store, options.name)
                 self._background.run(opening, _FORM_SECONDS)
                 formation.load_own(self._store, options.n_threads)
                 break
@@ -164,7 +160,7 @@ class RingEngine:
                 lost = next((m.name for m in formation.members.values() if m.lost not in ("", "released")), None)
                 if lost is None:
                     raise
-                self._drop(lost, str(error))
+                self._roster.lose(lost, str(error))
             except NodeBusy:
                 self._end_formation()
                 raise
@@ -179,29 +175,11 @@ class RingEngine:
                 self._background.run(formation.close(), 10)
             formation.free()
 
-    def _drop(self, name: str, why: str) -> None:
-        self._tell(f"{name} is lost: {why}")
-        self._absent.add(name)
-        if len(self._absent) == 1:  # whoever looks after the lost is not there yet
-            self._background.start(self._await_return())
-
-    async def _await_return(self) -> None:
-        """Look after lost nodes; one that answers again is used as soon as nothing is held."""
-        while self._absent:
-            await asyncio.sleep(_RETRY_SECONDS)
-            for name in list(self._absent - self._returned):
-                member = Member(self._addresses[name], self._dialer)
-                with contextlib.suppress(ClusterError):
-                    if not (await member.describe()).held_by:
-                        self._returned.add(name)
-                        self._tell(f"{name} answers again and is used for the next request")
-                await member.release()
-
     def _recover(self, lost: Lost) -> None:
         """Go on without a node: place, open, evaluate what was held, send again what was under way."""
         started = time.perf_counter()
         self._end_formation()
-        self._drop(lost.member, lost.reason)
+        self._roster.lose(lost.member, lost.reason)
         self._form()
         flights, self._flights = self._flights, {}
         self._due = []
@@ -227,10 +205,8 @@ class RingEngine:
 
     def submit(self, batch: Batch) -> None:
         """Send a batch off. Raises ContextFull, DecodeFailed; then nothing was changed."""
-        if self._returned and self._journal.is_idle:
-            self._tell(f"back again: {', '.join(sorted(self._returned))}")
-            self._absent -= self._returned
-            self._returned.clear()
+        if self._roster.has_returned and self._journal.is_idle:
+            self._roster.readmit()
             self._end_formation()
             self._form()
             self._number, self._due = 0, []
@@ -373,7 +349,6 @@ class RingEngine:
 
     def close(self) -> None:
         """Leave the nodes idle and free everything; closing twice does nothing."""
-        self._absent.clear()
         if self._formation is not None and self.timing.n_tokens:
             self._tell(self._account())
         self._end_formation()
