@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..runtime.engine import Batch, Span
+from ..runtime.errors import DecodeFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,41 @@ class Holdings:
                 self._n_users[cell] += 1
             self.tokens[entry.target] = self.tokens[entry.source][: entry.n_tokens]
             self._cells[entry.target] = shared
+
+    def check_batch(self, batch: Batch, n_batch: int, n_vocab: int) -> int:
+        """The batch's number of tokens if it continues what is held; llama.cpp would end the process on some that do
+        not. Raises DecodeFailed."""
+        n = sum(len(span.tokens) for span in batch)
+        if not 1 <= n <= n_batch or len({span.sequence_id for span in batch}) < len(batch):
+            raise DecodeFailed(f"a batch of {n} tokens was to be decoded; it holds 1 to {n_batch}, a span a sequence")
+        for span in batch:
+            held = self._held(span.sequence_id)
+            if span.position != held or not 0 <= span.n_logits <= len(span.tokens) or not span.tokens:
+                raise DecodeFailed(
+                    f"{len(span.tokens)} tokens at {span.position} do not continue the {held} of sequence "
+                    f"{span.sequence_id}"
+                )
+            if not 0 <= min(span.tokens) <= max(span.tokens) < n_vocab:
+                raise DecodeFailed(f"token ids up to {max(span.tokens)} are not within the vocabulary of {n_vocab}")
+        return n
+
+    def check_fork(self, source: int, target: int, n_tokens: int) -> None:
+        """Raises DecodeFailed where an empty sequence cannot share so many tokens of another."""
+        held, taken = self._held(source), self._held(target)
+        if source == target or taken or not 0 <= n_tokens <= held:
+            raise DecodeFailed(f"sequence {target} of {taken} tokens cannot share {n_tokens} of {held} of {source}")
+
+    def check_rewind(self, sequence_id: int, n_tokens: int) -> int:
+        """The number of tokens held. Raises DecodeFailed where a sequence cannot keep `n_tokens`."""
+        held = self._held(sequence_id)
+        if not 0 <= n_tokens <= held:
+            raise DecodeFailed(f"sequence {sequence_id} holds {held} tokens and cannot keep {n_tokens}")
+        return held
+
+    def _held(self, sequence_id: int) -> int:
+        if not 0 <= sequence_id < len(self.tokens):
+            raise DecodeFailed(f"there is no sequence {sequence_id}; the cache has 0 to {len(self.tokens) - 1}")
+        return len(self.tokens[sequence_id])
 
     def rebuild(self, n_batch: int) -> Iterator[Entry]:
         """What brings empty caches to this state, shared prefixes evaluated once."""

@@ -11,7 +11,7 @@ import contextlib
 import queue
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +27,7 @@ from .member import Address, Dialer
 from .roster import Roster
 from .session import apply
 from .store import Store
+from .timing import Timing
 from .window import WindowOptions
 from .wire import ring_pb2 as wire
 
@@ -58,27 +59,6 @@ class _Flight:
     operations: list[wire.Operation]
     is_replay: bool
     is_wanted: bool
-
-
-@dataclass(slots=True)
-class Timing:
-    """What was measured between two tokens: of batches without any part of a prompt that follow each other."""
-
-    n_tokens: int = 0
-    seconds: float = 0.0
-    last: float | None = None
-    """When the batch before came back, if it was such a one."""
-    recoveries: list[tuple[str, float]] = field(default_factory=list)
-    """Names of lost nodes and the seconds until the ring went on."""
-
-    def note(self, batch: Batch) -> None:
-        """A batch came back."""
-        now = time.perf_counter()
-        is_decode = all(len(span.tokens) == 1 for span in batch)
-        if is_decode and self.last is not None:
-            self.n_tokens += len(batch)
-            self.seconds += now - self.last
-        self.last = now if is_decode else None
 
 
 class RingEngine:
@@ -210,8 +190,7 @@ class RingEngine:
             self._end_formation()
             self._form()
             self._number, self._due = 0, []
-        self._check(batch)
-        n = sum(len(span.tokens) for span in batch)
+        n = self._journal.front.check_batch(batch, self.n_batch, self.n_vocab)
         if self._journal.front.n_used + n > self.n_context:
             raise ContextFull(
                 f"no room for {n} more tokens in a cache of {self.n_context}; drop a sequence or give a larger context"
@@ -296,43 +275,15 @@ class RingEngine:
         step = wire.Step(number=number, hop=hop, operations=flight.operations, spans=spans, rows=rows)
         self._background.call(ring.send, step)
 
-    def _check(self, batch: Batch) -> None:
-        n = sum(len(span.tokens) for span in batch)
-        if not 1 <= n <= self.n_batch or len({span.sequence_id for span in batch}) < len(batch):
-            raise DecodeFailed(
-                f"a batch of {n} tokens was to be decoded; it holds 1 to {self.n_batch}, a span a sequence"
-            )
-        for span in batch:
-            held = self._held(span.sequence_id)
-            if span.position != held or not 0 <= span.n_logits <= len(span.tokens) or not span.tokens:
-                raise DecodeFailed(
-                    f"{len(span.tokens)} tokens at {span.position} do not continue the {held} of sequence "
-                    f"{span.sequence_id}"
-                )
-            if not 0 <= min(span.tokens) <= max(span.tokens) < self.n_vocab:
-                raise DecodeFailed(
-                    f"token ids up to {max(span.tokens)} are not within the vocabulary of {self.n_vocab}"
-                )
-
-    def _held(self, sequence_id: int) -> int:
-        if not 0 <= sequence_id < self.n_sequences:
-            raise DecodeFailed(f"there is no sequence {sequence_id}; the cache has 0 to {self.n_sequences - 1}")
-        return len(self._journal.front.tokens[sequence_id])
-
     def fork(self, source: int, target: int, n_tokens: int) -> None:
         """Let an empty sequence share the first tokens of another, in every window before the next batch."""
-        held, taken = self._held(source), self._held(target)
-        if source == target or taken or not 0 <= n_tokens <= held:
-            raise DecodeFailed(f"sequence {target} of {taken} tokens cannot share {n_tokens} of {held} of {source}")
+        self._journal.front.check_fork(source, target, n_tokens)
         if n_tokens:
             self._remember(Memory(source, n_tokens, target))
 
     def rewind(self, sequence_id: int, n_tokens: int) -> None:
         """Forget all but the first tokens of a sequence, in every window before the next batch."""
-        held = self._held(sequence_id)
-        if not 0 <= n_tokens <= held:
-            raise DecodeFailed(f"sequence {sequence_id} holds {held} tokens and cannot keep {n_tokens}")
-        if n_tokens < held:
+        if n_tokens < self._journal.front.check_rewind(sequence_id, n_tokens):
             self._remember(Memory(sequence_id, n_tokens))
 
     def _remember(self, operation: Memory) -> None:
@@ -350,16 +301,9 @@ class RingEngine:
     def close(self) -> None:
         """Leave the nodes idle and free everything; closing twice does nothing."""
         if self._formation is not None and self.timing.n_tokens:
-            self._tell(self._account())
+            self._tell(self.timing.compare(self.placement.token_seconds))
         self._end_formation()
         self._background.close()
-
-    def _account(self) -> str:
-        """What was measured beside what was expected."""
-        milliseconds = 1000 * self.timing.seconds / self.timing.n_tokens
-        expected = self.placement.token_seconds
-        beside = f", expected were {1000 * expected:.1f}" if expected else ""
-        return f"{milliseconds:.1f} ms a token, measured over {self.timing.n_tokens}{beside}"
 
     def __enter__(self) -> "RingEngine":
         return self
