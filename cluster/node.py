@@ -1,7 +1,7 @@
 """The gRPC service of a node: describes itself, is held by one head at a time, passes activations on.
 
 Everything that arrives is untrusted: who calls is checked first (`Gate`), sizes and order after that. A head that is
-gone (stream ended, or silent for `_SILENCE_SECONDS`) leaves the node idle and ready.
+gone (stream ended, or silent for too long) leaves the node idle and ready.
 """
 
 import asyncio
@@ -17,19 +17,17 @@ from typing import Any, Protocol
 import grpc
 
 from ..runtime.errors import LocalReasonError
-from ..runtime.native import CACHE_TYPES
 from .codec import LONGEST_MESSAGE, PROTOCOL
 from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
+from .inlet import Inlet, read_options, read_recipe
 from .session import Session, Terms
-from .store import Piece, Recipe, Store
-from .window import WindowOptions
+from .store import Recipe, Store
 from .wire import ring_pb2 as wire
 from .wire import ring_pb2_grpc as service
 
 BEAT_SECONDS = 0.5
-_SILENCE_SECONDS = 10.0
 _STEP_SECONDS = 60.0
-"""Longest wait for the head's next word while a window is put together, and for the next node to be reached."""
+"""Longest wait for the next node to take a step."""
 _FREE_SECONDS = 3.0
 """How long a head waits for a node that another one has before it is told so."""
 _MOST_ECHO = 4 << 20
@@ -124,7 +122,7 @@ class Node(service.RingServicer):
         caller = await self._admit(context)
         outgoing: asyncio.Queue[wire.FromNode | None] = asyncio.Queue(64)
         holding = asyncio.create_task(
-            self._hold(_Inlet(request_iterator, lambda: self._gate.is_paired(caller)), outgoing, caller)
+            self._hold(Inlet(request_iterator, lambda: self._gate.is_paired(caller)), outgoing, caller)
         )
         beating = asyncio.create_task(self._beat(outgoing))
         try:
@@ -143,7 +141,7 @@ class Node(service.RingServicer):
                 outgoing.put_nowait(wire.FromNode(beat=wire.Beat(busy_seconds=busy)))
             await asyncio.sleep(BEAT_SECONDS)
 
-    async def _hold(self, inlet: "_Inlet", outgoing: "asyncio.Queue[wire.FromNode | None]", caller: str) -> None:
+    async def _hold(self, inlet: Inlet, outgoing: "asyncio.Queue[wire.FromNode | None]", caller: str) -> None:
         """One session from `Open` to its end; every failure is told to the head."""
         is_mine = False
         try:
@@ -179,12 +177,14 @@ class Node(service.RingServicer):
         self._free.set()
 
     async def _serve(
-        self, opening: wire.Open, inlet: "_Inlet", outgoing: "asyncio.Queue[wire.FromNode | None]", caller: str
+        self, opening: wire.Open, inlet: Inlet, outgoing: "asyncio.Queue[wire.FromNode | None]", caller: str
     ) -> None:
-        terms = self._terms(opening, caller)
+        options = read_options(opening)
+        known = self._gate.introduce(list(opening.neighbours)) | {caller}
+        terms = Terms(opening.session, self._holder, options, opening.row_type, opening.is_disk_used, known)
         windows, n_received = {}, 0
         for i, message in enumerate(opening.windows):
-            path, n = await self._build(i, _recipe(message), inlet, outgoing)
+            path, n = await self._build(i, read_recipe(message), inlet, outgoing)
             windows[message.hop] = (path, message.n_gpu_layers)
             n_received += n
         if len(windows) != len(opening.windows):
@@ -212,29 +212,8 @@ class Node(service.RingServicer):
                 for task in tasks:
                     task.cancel()
 
-    def _terms(self, opening: wire.Open, caller: str) -> Terms:
-        """The terms of a session, checked. Raises ProtocolError."""
-        if opening.protocol != PROTOCOL:
-            raise ProtocolError(f"{opening.protocol} is spoken by the head and {PROTOCOL} here; update the older one")
-        limits = (
-            ("session", len(opening.session), 16, 32),
-            ("windows", len(opening.windows), 1, 512),
-            ("n_context", opening.n_context, 16, 1 << 24),
-            ("n_sequences", opening.n_sequences, 1, 256),
-            ("n_batch", opening.n_batch, 1, 4096),
-            ("neighbours", len(opening.neighbours), 0, 64),
-        )
-        for name, value, low, high in limits:
-            if not low <= value <= high:
-                raise ProtocolError(f"{name} is {value}; {low} to {high} are possible")
-        if opening.cache_type not in CACHE_TYPES:
-            raise ProtocolError(f"cache type {opening.cache_type[:16]!r} is not known here; update the older one")
-        options = WindowOptions(opening.n_context, opening.n_sequences, opening.n_batch, opening.cache_type)
-        known = self._gate.introduce(list(opening.neighbours)) | {caller}
-        return Terms(opening.session, self._holder, options, opening.row_type, opening.is_disk_used, known)
-
     async def _build(
-        self, index: int, recipe: Recipe, inlet: "_Inlet", outgoing: "asyncio.Queue[wire.FromNode | None]"
+        self, index: int, recipe: Recipe, inlet: Inlet, outgoing: "asyncio.Queue[wire.FromNode | None]"
     ) -> tuple[Any, int]:
         """The window's file, its missing parts asked for; and the bytes that were received."""
         building = await asyncio.to_thread(self._store.build, recipe)
@@ -279,44 +258,6 @@ class Node(service.RingServicer):
                 session.failure.set_result(error)
 
 
-class _Inlet:
-    """What the head says, each word awaited with a deadline, for as long as it is paired."""
-
-    def __init__(self, messages: AsyncIterator[wire.ToNode], is_paired: Callable[[], bool]) -> None:
-        self._messages = messages
-        self._is_paired = is_paired
-
-    async def _read(self, seconds: float) -> wire.ToNode:
-        try:
-            message = await asyncio.wait_for(anext(self._messages), seconds)
-        except TimeoutError as error:
-            raise NodeLost(f"the head said nothing for {seconds:.0f} s; the session is over") from error
-        except StopAsyncIteration as error:
-            raise NodeLost("the head ended the session") from error
-        if not self._is_paired():
-            raise ClusterError("the head is not paired any more; the session is over")
-        return message
-
-    async def next(self, kind: str) -> wire.ToNode:
-        """The next word besides beats, which must be of that kind. Raises ProtocolError, NodeLost."""
-        end = time.monotonic() + _STEP_SECONDS
-        while time.monotonic() < end:
-            message = await self._read(_SILENCE_SECONDS)
-            found = message.WhichOneof("message")
-            if found == kind:
-                return message
-            if found != "beat":
-                raise ProtocolError(f"{found} came where {kind} was awaited")
-        raise NodeLost(f"the head sent no {kind} for {_STEP_SECONDS:.0f} s; the session is over")
-
-    async def drain(self) -> None:
-        """Read until the head is gone or says something out of place."""
-        while True:
-            message = await self._read(_SILENCE_SECONDS)
-            if message.WhichOneof("message") != "beat":
-                raise ProtocolError(f"{message.WhichOneof('message')} came while the ring was running")
-
-
 async def _pump(session: Session, channel: grpc.aio.Channel) -> None:
     """Send results to the next node for as long as it takes them."""
     call = service.RingStub(channel).Flow(metadata=(("session-bin", session.terms.id), ("role", "in")))
@@ -328,14 +269,6 @@ async def _pump(session: Session, channel: grpc.aio.Channel) -> None:
         raise NodeLost(f"the next node of the ring takes nothing any more: {type(error).__name__}") from error
     finally:
         call.cancel()
-
-
-def _recipe(message: wire.WindowFile) -> Recipe:
-    pieces = tuple(Piece(part.sha256, part.n_bytes, part.source_offset) for part in message.parts)
-    name = message.source_name
-    if "/" in name or "\\" in name or name.startswith(".") or len(name) > 255:
-        raise ProtocolError(f"a model file named {name[:64]!r} came; names have no folders")
-    return Recipe(message.header, pieces, name, message.source_bytes)
 
 
 async def serve(
