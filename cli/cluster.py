@@ -150,7 +150,7 @@ def status(peers: Peers = None, is_json: Json = False) -> None:
                     seconds, width = await member.measure_link()
                 finally:
                     await member.release()
-                row |= {"round_trip_ms": round(seconds * 1000, 2), "megabytes_per_second": round(width / 1e6, 1)}
+                row |= {"round_trip_ms": round(2 * seconds * 1000, 2), "megabytes_per_second": round(width / 1e6, 1)}
                 row["version"] = one.reply.version
             rows.append(row)
         return rows

@@ -119,8 +119,8 @@ async def _network(home: "Home", named: tuple[str, ...]) -> list[dict[str, Any]]
             member = Member(one.address, home.gate)
             try:
                 seconds, width = await member.measure_link()
-                found += f"; {seconds * 1000:.1f} ms there and back, {width / 1e6:.0f} MB/s"
-                means = f"at most {1 / max(seconds, 1e-6):.0f} tokens a second of one answer through this link"
+                found += f"; {2 * seconds * 1000:.1f} ms there and back, {width / 1e6:.0f} MB/s"
+                means = f"at most {1 / max(2 * seconds, 1e-6):.0f} tokens a second of one answer through this link"
             finally:
                 await member.release()
         rows.append(_row(f"node {one.name}", found, means, not one.problem))

@@ -80,6 +80,7 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
             name=home.identity.name,
         ),
         tell,
+        home.links(),
     )
     try:
         return Model(path, ring, load_tokenizer(path))
@@ -106,21 +107,21 @@ def measure_home(file: ModelFile, config: Config) -> tuple[list[Device], Links]:
 
 
 async def measure_links(home: Home, nodes: list[Seen]) -> Links:
-    """The links between this machine and each node, one after the other; between two nodes the slower of theirs."""
+    """The links between this machine and each node, one after the other. Between two nodes what they found when they
+    were last neighbours in a ring; until then the slower of theirs to this machine."""
     found: dict[str, tuple[float, float]] = {}
     for node in nodes:
         if node.address is not None:
             member = Member(node.address, home.gate)
             try:
-                seconds, width = await member.measure_link()
-                found[node.name] = (seconds / 2, width)
+                found[node.name] = await member.measure_link()
             finally:
                 await member.release()
     pairs = {(HEAD_NAME, name): link for name, link in found.items()}
     for one in found:
         for other in found:
             pairs[one, other] = (max(found[one][0], found[other][0]), min(found[one][1], found[other][1]))
-    return Links(pairs)
+    return Links(pairs | {pair: link for pair, link in home.links().read().items() if found.keys() >= set(pair)})
 
 
 def named_windows(text: str, file: ModelFile) -> Placer:

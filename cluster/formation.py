@@ -12,6 +12,7 @@ import grpc
 from ..quant.gguf import ModelFile
 from .codec import PROTOCOL
 from .errors import NodeLost, PlanImpossible
+from .link import Link
 from .member import Address, Dialer, Load, Member, reason
 from .store import Store, make_recipe
 from .window import LayerWindow, WindowOptions
@@ -92,6 +93,8 @@ class Formation:
         self.windows: dict[int, LayerWindow] = {}
         self.members: dict[str, Member] = {}
         self.n_sent_bytes = 0
+        self.links: dict[tuple[str, str], Link] = {}
+        """What nodes found of their links to each other."""
         self._row_type = row_type
         self._outgoing: asyncio.Queue[wire.Step] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -163,7 +166,8 @@ class Formation:
             return
         neighbours = [*(addresses[member] for member in order[1:]), None]
         # A node that passes on to the head in the middle of a round does so at its end too.
-        await _all([self.members[m].connect(following) for m, following in zip(order, neighbours, strict=True)])
+        found = await _all([self.members[m].connect(following) for m, following in zip(order, neighbours, strict=True)])
+        self.links = {pair: link for pair, link in zip(pairwise(order), found, strict=False) if link is not None}
         self._tasks = [
             asyncio.create_task(self._write(self.members[order[0]], session)),
             asyncio.create_task(self._read(self.members[order[-1]], session)),

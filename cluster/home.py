@@ -14,6 +14,7 @@ from .discovery import Found, browse, parse_peer, usability
 from .errors import ClusterError
 from .gate import PlainGate, TlsGate
 from .identity import Identity, Peers
+from .link import LinkBook
 from .member import Address, Member
 from .store import Store
 from .wire import ring_pb2 as wire
@@ -60,6 +61,11 @@ class Home:
         assert self.cache is not None
         near = next(path for path in (self.cache, *self.cache.parents) if path.exists())
         return Store(self.cache, self.limit_bytes or int(_LIMIT_SHARE * shutil.disk_usage(near).free), models)
+
+    def links(self) -> LinkBook:
+        """What nodes found of the links between them."""
+        assert self.cache is not None
+        return LinkBook(self.cache / "links.json")
 
     async def survey(self, seconds: float, named: Sequence[str] = (), types: Sequence[str] = ()) -> list[Seen]:
         """Nodes that announce themselves within `seconds` and those that are named as host:port, each asked who it is.

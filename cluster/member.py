@@ -12,6 +12,7 @@ import grpc
 from ..quant.gguf import ModelFile, Part, Window
 from .codec import PROTOCOL
 from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
+from .link import Link, measure_link
 from .node import BEAT_SECONDS
 from .store import Recipe
 from .wire import ring_pb2 as wire
@@ -20,6 +21,7 @@ from .wire import ring_pb2_grpc as service
 SILENCE_SECONDS = 2.5
 """A node that sends no beat for so long is lost."""
 _CALL_SECONDS = 5.0
+_CONNECT_SECONDS = 15.0
 _PROFILE_SECONDS = 60.0
 _LOAD_SECONDS = 600.0
 _CHUNK = 1 << 20
@@ -90,18 +92,10 @@ class Member:
             )
         return reply
 
-    async def measure_link(self) -> tuple[float, float]:
-        """Seconds of a short round trip and bytes per second of a long one. Raises NodeLost."""
+    async def measure_link(self) -> Link:
+        """Seconds of a short message one way, bytes per second. Raises NodeLost."""
         try:
-            stub, times = self._stub(), []
-            for _ in range(6):
-                started = time.perf_counter()
-                await stub.Echo(wire.EchoRequest(data=b"0" * 64, n_reply=64), timeout=_CALL_SECONDS)
-                times.append(time.perf_counter() - started)
-            started = time.perf_counter()
-            n = 1 << 20
-            await stub.Echo(wire.EchoRequest(data=bytes(n), n_reply=n), timeout=_CALL_SECONDS)
-            return min(times), 2 * n / max(1e-6, time.perf_counter() - started - min(times))
+            return await measure_link(self._stub())
         except grpc.aio.AioRpcError as error:
             raise NodeLost(f"{self.name} {reason(error)}") from error
 
@@ -156,15 +150,18 @@ class Member:
             if self.lost:
                 raise NodeLost(f"{self.name} {self.lost}")
 
-    async def connect(self, following: Address | None) -> None:
-        """Have the node reach the next one, or wait for the head where there is none. Raises NodeLost."""
+    async def connect(self, following: Address | None) -> Link | None:
+        """Have the node reach the next one, or wait for the head where there is none; the link to it if it was timed.
+        Raises NodeLost."""
         target = wire.Connect()
         if following is not None:
             target = wire.Connect(host=following.host, port=following.port, certificate=following.certificate)
         await self._outgoing.put(wire.ToNode(connect=target))
-        message = await self._next(_CALL_SECONDS)
+        message = await self._next(_CONNECT_SECONDS)
         if message.WhichOneof("message") != "connected":
             raise ProtocolError(f"{self.name} answered out of turn; update localreason there")
+        found = message.connected
+        return (found.link_seconds, found.link_bytes_per_second) if found.link_bytes_per_second > 0 else None
 
     def flow(self, session: bytes, role: str) -> "grpc.aio.StreamStreamCall[wire.Step, wire.Step]":
         """The stream of activations into the node ("in") or out of it ("out")."""

@@ -20,6 +20,7 @@ from ..runtime.errors import LocalReasonError
 from .codec import LONGEST_MESSAGE, PROTOCOL
 from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
 from .inlet import Inlet, read_options, read_recipe
+from .link import measured
 from .session import Session, Terms
 from .store import Recipe, Store
 from .wire import ring_pb2 as wire
@@ -113,7 +114,7 @@ class Node(service.RingServicer):
         )
 
     async def Echo(self, request: wire.EchoRequest, context: Any) -> wire.EchoReply:
-        await self._admit(context)
+        await self._admit(context, is_head=False)
         return wire.EchoReply(data=bytes(min(request.n_reply, _MOST_ECHO)))
 
     # Coroutines that write, not generators: gRPC drops a generator that it is not waiting for without closing it, and
@@ -200,8 +201,11 @@ class Node(service.RingServicer):
                 channel = await stack.enter_async_context(
                     self._gate.channel(connect.host, connect.port, connect.certificate)
                 )
+                connected = await measured(service.RingStub(channel))
                 tasks.append(asyncio.create_task(_pump(session, channel)))
-            await outgoing.put(wire.FromNode(connected=wire.Connected()))
+            else:
+                connected = wire.Connected()
+            await outgoing.put(wire.FromNode(connected=connected))
             try:
                 done, _ = await asyncio.wait([session.failure, *tasks], return_when=asyncio.FIRST_COMPLETED)
                 if session.failure in done:

@@ -23,6 +23,7 @@ from .codec import ROW_TYPES, pack_rows, pack_spans, unpack_rows
 from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
 from .formation import HEAD, Formation, Lost, Placement, Returned
 from .journal import Entry, Journal, Memory
+from .link import LinkBook
 from .member import Address, Dialer
 from .roster import Roster
 from .session import apply
@@ -75,12 +76,16 @@ class RingEngine:
         place: Placer,
         options: RingOptions,
         tell: Callable[[str], None] = lambda text: None,
+        links: LinkBook | None = None,
     ) -> None:
-        """Forms the ring. Raises PlanImpossible, NodeBusy, ClusterError, ModelError, OutOfMemory."""
+        """Forms the ring; `links` is told what nodes find of theirs.
+
+        Raises PlanImpossible, NodeBusy, ClusterError, ModelError, OutOfMemory.
+        """
         file.check_cut()
         self._file = file
         self._dialer, self._store, self._place, self._tell = dialer, store, place, tell
-        self._options = options
+        self._options, self._links = options, links
         self.n_vocab = file.n_vocab
         self.n_context = -(-options.n_context // 256) * 256
         self.n_context_sequence = min(self.n_context, file.n_context_train)
@@ -134,6 +139,8 @@ class RingEngine:
                 opening = formation.open(self._roster.addresses, self._dialer, self._store, options.name)
                 self._background.run(opening, _FORM_SECONDS)
                 formation.load_own(self._store, options.n_threads)
+                if self._links is not None:
+                    self._links.note(formation.links)
                 break
             except NodeLost as error:
                 self._end_formation()

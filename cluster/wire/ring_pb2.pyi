@@ -171,8 +171,12 @@ class Loaded(_message.Message):
     def __init__(self, n_received_bytes: _Optional[int] = ...) -> None: ...
 
 class Connected(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("link_seconds", "link_bytes_per_second")
+    LINK_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LINK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    link_seconds: float
+    link_bytes_per_second: float
+    def __init__(self, link_seconds: _Optional[float] = ..., link_bytes_per_second: _Optional[float] = ...) -> None: ...
 
 class Beat(_message.Message):
     __slots__ = ("busy_seconds",)

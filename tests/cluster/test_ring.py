@@ -14,6 +14,7 @@ import pytest
 
 from localreason.cluster.errors import ClusterError, NodeBusy, NodeLost, PlanImpossible
 from localreason.cluster.formation import HEAD, Assignment, Placement
+from localreason.cluster.link import LinkBook
 from localreason.cluster.member import Member
 from localreason.cluster.ring import RingEngine, RingOptions
 from localreason.cluster.store import Store
@@ -70,11 +71,11 @@ def evenly(names):
     return Placement(tuple(Assignment(name, *bounds[i : i + 2]) for i, name in enumerate(all)))
 
 
-def ring_of(model, head, nodes, folder, place=evenly, tell=lambda text: None, **options):
+def ring_of(model, head, nodes, folder, place=evenly, tell=lambda text: None, links=None, **options):
     chosen = {"n_context": 512, "n_sequences": 4, "n_batch": 64, **options}
     store = Store(folder / "head-cache", 1 << 30, [model])
     addresses = [node.address for node in nodes]
-    return RingEngine(ModelFile(model), addresses, head.gate, store, place, RingOptions(**chosen), tell)
+    return RingEngine(ModelFile(model), addresses, head.gate, store, place, RingOptions(**chosen), tell, links)
 
 
 def whole(model):
@@ -99,6 +100,17 @@ def rounds(*ends):
 def test_a_ring_gives_the_whole_models_logits_bit_for_bit(model, head, nodes, folder, expected, place):
     with ring_of(model, head, nodes, folder, place) as ring:
         assert np.array_equal(script(ring), expected)
+
+
+def test_neighbours_time_the_link_between_them(model, head, nodes, folder, tmp_path):
+    book = LinkBook(tmp_path / "links.json")
+    with ring_of(model, head, nodes, folder, links=book):
+        pass
+    found = book.read()
+    assert set(found) == {("attic", "phone"), ("phone", "attic")}
+    seconds, width = found["attic", "phone"]
+    assert 0 < seconds < 1
+    assert width > 1e6
 
 
 def test_a_head_with_the_first_window_too(model, head, nodes, folder, expected):
