@@ -19,7 +19,7 @@ from .engine import Engine, Row
 from .errors import ControlError, LocalReasonError, PromptError, PromptTooLong
 from .events import Event, Finished
 from .formats import ThinkingFormat
-from .llama import EngineOptions, LlamaTokenizer, load
+from .llama import EngineOptions, LlamaEngine, LlamaTokenizer, load
 from .phase import PhaseTracker
 from .prompt import Prompt, Prompter
 from .recipe import Question, Recipe
@@ -47,6 +47,8 @@ class Result:
     seed: int
     n_samples: int
     error: LocalReasonError | None = None
+    is_unclosed: bool = False
+    """True where the reply ended inside the thinking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,11 @@ class Model:
         """The model's thinking format as detected."""
         return self._prompter.format(None, True)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One sentence for each thing that was reduced to fit into the memory."""
+        return self.engine.notes if isinstance(self.engine, LlamaEngine) else ()
+
     def close(self) -> None:
         self.engine.close()
         self.tokenizer.close()
@@ -123,7 +130,7 @@ class Model:
         recipe needs more sequences or cells than the engine holds.
         """
         recipe = recipe or Recipe(controls=(BudgetParameters(),))
-        self._check_room(recipe)
+        self.check_room(recipe)
         tasks: dict[str, _Task] = {}
         failed: list[Answered] = []
 
@@ -147,7 +154,8 @@ class Model:
                     yield failed.pop(0)
         yield from failed
 
-    def _check_room(self, recipe: Recipe) -> None:
+    def check_room(self, recipe: Recipe) -> None:
+        """Raises ControlError where the recipe needs more sequences or cells than the engine holds."""
         engine, n = self.engine, recipe.n_samples
         if n > engine.n_sequences:
             raise ControlError(
@@ -246,6 +254,7 @@ def _done(tasks: dict[str, _Task], event: Finished, recipe: Recipe) -> Answered 
             seconds=time.perf_counter() - task.started,
             seed=recipe.seed,
             n_samples=recipe.n_samples,
+            is_unclosed=chosen.is_thinking,
         )
     )
 

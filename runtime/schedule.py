@@ -21,6 +21,8 @@ class Request:
     tracker: PhaseTracker
     sample: Callable[[Row], int]
     controls: list[Control] = field(default_factory=list)
+    is_continued: bool = False
+    """True where the next prompt is likely to go on behind this reply, as a conversation's next turn does."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +67,7 @@ class Schedule:
         """True since a sequence had to be evicted, until one ends."""
         self._free = list(reversed(range(engine.n_sequences)))
         self._donor: tuple[int, list[int]] | None = None
-        """Slot and tokens of the latest ended prompt: the next one often begins alike."""
+        """Slot and tokens of the latest ended prompt, perhaps with its reply: the next one often begins alike."""
 
     @property
     def has_room(self) -> bool:
@@ -121,7 +123,7 @@ class Schedule:
         return True
 
     def leave(self, row: Resident) -> None:
-        """Free the row's cache, or keep its prompt for the next request."""
+        """Free the row's cache, or keep its prompt, and where it is continued its reply, for the next request."""
         sequence, slot = row.sequence, row.sequence.slot
         if row in self.rows:
             self.rows.remove(row)
@@ -131,8 +133,11 @@ class Schedule:
         is_donor = row.probe is None and self.engine.can_rewind and sequence.n_evaluated >= sequence.n_prompt
         if is_donor and not self.is_tight:
             self.drop_donor()
-            self.engine.rewind(slot, sequence.n_prompt)
-            self._donor = (slot, sequence.tokens[: sequence.n_prompt])
+            # Thinking is not sent back, so behind it nothing of the reply will be met again at its place.
+            has_reply = row.request.is_continued and not sequence.n_blocks
+            n_kept = sequence.n_evaluated if has_reply else sequence.n_prompt
+            self.engine.rewind(slot, n_kept)
+            self._donor = (slot, sequence.tokens[:n_kept])
         else:
             self.engine.rewind(slot, 0)
             self._free.append(slot)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..engine import Row
 from ..errors import ControlError
-from ..sequence import Origin, Sequence
+from ..sequence import Origin, Phase, Sequence
 from .control import Action, Bias, Control, Force, Note, Parameters, Rewrite, Setup, parameter
 
 _N_BROKEN = 8
@@ -51,6 +51,7 @@ class BudgetForcing(Control):
     def __init__(self, parameters: BudgetParameters, setup: Setup) -> None:
         super().__init__(parameters, setup)
         self.counters = {"ignored": 0, "cuts": 0, "closed_at_end": 0}
+        self._min, self._max = parameters.min, parameters.max
         self._total = parameters.total or parameters.max
         self._is_cutting = False
         self._is_ban_due = False
@@ -77,14 +78,31 @@ class BudgetForcing(Control):
             return self._ended(sequence)
         return self._limit(sequence)
 
-    def _remaining(self, sequence: Sequence) -> int:
-        return min(self.parameters.max - sequence.n_block_thinking, self._total - sequence.counts.thinking)
+    def remaining(self, sequence: Sequence) -> int:
+        """Sampled thinking tokens until the limit, as it stands now."""
+        return min(self._max - sequence.n_block_thinking, self._total - sequence.counts.thinking)
+
+    def extend(self, sequence: Sequence, n_tokens: int) -> bool:
+        """Let a running sequence think for about `n_tokens` more: an earlier end is ignored, limits that are nearer
+        are raised, that of the reply by as much, so that the answer keeps its room. For any thread. False where it does
+        not think any more, and nothing changes."""
+        if self._is_cutting or sequence.finish or sequence.phase is Phase.ANSWER:
+            return False
+        sequence.is_hurried = False
+        self._min = max(self._min, sequence.counts.thinking + n_tokens)
+        n_missing = n_tokens - self.remaining(sequence)
+        if n_missing > 0:
+            self._max += n_missing
+            self._total += n_missing
+        if sequence.limit is not None:
+            sequence.limit += n_tokens
+        return True
 
     def _limit(self, sequence: Sequence) -> Iterable[Action]:
         """The cut, if it is due."""
         if not sequence.is_thinking:
             return ()
-        remaining = self._remaining(sequence)
+        remaining = self.remaining(sequence)
         if remaining <= 0 or sequence.is_hurried:
             is_due = sequence.is_whole_text or remaining <= -_N_BROKEN
             reason = "answer asked for" if sequence.is_hurried else "limit"
@@ -126,9 +144,9 @@ class BudgetForcing(Control):
 
     def _ignore(self, sequence: Sequence, position: int | None, kept: str) -> tuple[Action, ...]:
         """Take an end of thinking back and write the wait text in its place, if that is due."""
-        is_short = sequence.counts.thinking < self.parameters.min
+        is_short = sequence.counts.thinking < self._min
         is_wanted = int(self.counters["ignored"]) < self.parameters.ignore
-        if position is None or not (is_short or is_wanted) or self._remaining(sequence) <= 0 or sequence.is_hurried:
+        if position is None or not (is_short or is_wanted) or self.remaining(sequence) <= 0 or sequence.is_hurried:
             return ()
         self.counters["ignored"] = int(self.counters["ignored"]) + 1
         self._is_ban_due = True

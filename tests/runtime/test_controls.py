@@ -156,6 +156,28 @@ class TestBudget:
         assert sequence.thinking.strip() == "abc"
         assert sequence.answer.strip() == (LEAD + "7").strip()
 
+    @pytest.mark.parametrize(
+        ("text", "n_before", "n_more", "n_thinking"),
+        [("budget:max=6,slack=0", 3, 20, 23), ("budget:max=100,slack=0", 3, 20, 36), ("budget:max=40", 3, 0, 11)],
+        ids=["the limit is raised", "an end is ignored", "nothing more is asked for"],
+    )
+    def test_a_running_sequence_can_be_made_to_think_longer(self, text, n_before, n_more, n_thinking):
+        tokenizer = ByteTokenizer()
+        replies = {"Q<think>": "0123456789</think>", "Wait": "abcdefghijklmnopqrstuvwx</think>", LEAD: "7"}
+        replies[CLOSE.lstrip("\n")] = replies["</think>"] = "7"
+        engine = ScriptedEngine(script(tokenizer, replies), tokenizer.n_vocab)
+        control = CONTROLS["budget"](parse(text), Setup(tokenizer, FORMAT))
+        sequence = Sequence(tokenizer.encode("Q<think>", special=True), limit=30)
+        request = Request(sequence, PhaseTracker(FORMAT, "<think>"), lambda r: int(r.argmax()), [control])
+        for _ in decode(engine, tokenizer, [request]):
+            if sequence.n_reply == n_before and n_more:
+                sequence.hurry()
+                assert control.extend(sequence, n_more)
+                n_more = 0
+        assert sequence.counts.thinking == n_thinking
+        assert sequence.answer.strip().endswith("7")
+        assert not control.extend(sequence, 10), "it has ended"
+
     def test_a_closing_tag_repeated_after_a_cut_is_swallowed(self):
         [one], _, _ = run({"Q<think>": "abcdefgh", CLOSE.lstrip("\n"): "</think>7"}, ["budget:max=5,lead=no,slack=0"])
         assert one.answer.strip() == "7"

@@ -86,6 +86,22 @@ def test_the_next_question_shares_the_prefix_of_the_one_before():
     assert not any(engine.held)
 
 
+@pytest.mark.parametrize(
+    ("reply", "is_continued", "n_shared"),
+    [("its reply", True, 9), ("its reply", False, 0), ("<think>a thought</think>r", True, 0)],
+    ids=["kept", "not wanted", "thinking"],
+)
+def test_a_reply_that_is_continued_is_kept_with_its_prompt_unless_it_has_thinking(reply, is_continued, n_shared):
+    tokenizer, engine = make({"the first turn:": reply, "A second": "2"})
+    first = request(tokenizer, "the first turn:")
+    first.is_continued = is_continued
+    second = request(tokenizer, "the first turn:its reply. A second")
+    list(decode(engine, tokenizer, [first, second], n_parallel=1))
+    assert [call[-1] for call in engine.calls if call[0] == "fork"] == [len("the first turn:") + n_shared]
+    assert second.sequence.answer == "2"
+    assert not any(engine.held)
+
+
 def test_closing_the_generator_in_a_long_prefill_frees_the_engine_at_once():
     tokenizer, engine = make({"x" * 1000: "y"}, n_batch=16)
     generator = decode(engine, tokenizer, [request(tokenizer, "x" * 1000)])
