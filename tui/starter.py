@@ -1,0 +1,131 @@
+"""The first start: which model of a list to take on this machine, and why. Pure."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ..quant.advice import size
+from ..quant.choose import Candidate, Machine, Option, find_scheme, rank
+from ..runtime.native import CACHE_TYPES
+from ..runtime.schemes import SCHEMES
+
+_CELL_BYTES = 160 << 10
+"""16-bit cache bytes of a token, where no header was read: Qwen3 has 112 KiB up to 1.7B and 144 KiB up to 8B."""
+_SLOW = 4.0
+"""Tokens a second below which a reader waits for the words."""
+_SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([bm])(?![A-Za-z0-9])", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A model that could be fetched or is here. `name` is what is given to --model; without `n_parameters` they are
+    taken from it or from the bytes; `scheme` such as Q4_K_M; `cell_bytes` are 16-bit cache bytes of a token, None where
+    no header was read."""
+
+    name: str
+    n_bytes: int
+    n_parameters: int | None = None
+    scheme: str = ""
+    summary: str = ""
+    sha256: str | None = None
+    cell_bytes: float | None = None
+    n_context_train: int | None = None
+    is_here: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """An offer judged. "short" is one with a reservation: less context than was wanted, or weights of too few bits.
+    `n_context` is what fits of what was wanted, 0 for "large"; `cache_type` what to open it with."""
+
+    offer: Offer
+    verdict: Literal["fits", "short", "large"]
+    n_context: int
+    cache_type: str
+    needed_bytes: int
+    """Weights and cache."""
+    tokens_per_second: float | None
+    reason: str
+    """One sentence."""
+
+
+def suggest(
+    offers: Iterable[Offer], free_bytes: int, n_context: int = 8192, bytes_per_second: float | None = None
+) -> list[Suggestion]:
+    """All offers, the one to take first. `bytes_per_second` is the speed at which this machine reads weights, where
+    it was measured; with it a model too slow to read along comes after faster ones that fit as well."""
+    by_name = {offer.name: offer for offer in offers}
+    options = rank([_candidate(offer, n_context) for offer in by_name.values()], Machine(free_bytes), n_context)
+    found = [_judge(by_name[o.candidate.name], o, free_bytes, n_context, bytes_per_second) for o in options]
+    order = ("fits", "short", "large")
+    return sorted(found, key=lambda one: (order.index(one.verdict), _is_slow(one)))
+
+
+def count_parameters(name: str) -> int | None:
+    """What a name says of the parameters, such as 1.7b or 135M; None where it says nothing."""
+    found = _SIZE.findall(name)
+    return round(float(found[-1][0]) * (1e9 if found[-1][1] in "bB" else 1e6)) if found else None
+
+
+def _candidate(offer: Offer, n_context: int) -> Candidate:
+    named = find_scheme(offer.scheme)
+    # Files of 8 and 4 bits without a scheme in their name: the scales come on top, so bits are rounded down.
+    n_parameters = offer.n_parameters or count_parameters(offer.name) or 8 * offer.n_bytes // (named[1] if named else 8)
+    bits = 8 * offer.n_bytes / max(1, n_parameters)
+    cell = _CELL_BYTES if offer.cell_bytes is None else offer.cell_bytes
+    full = SCHEMES["F16"]
+    return Candidate(
+        name=offer.name,
+        n_bytes=offer.n_bytes,
+        n_parameters=n_parameters,
+        bits_per_weight=bits,
+        n_bits=named[1] if named else int(bits),
+        scheme=offer.scheme,
+        architecture="",
+        cell_bytes={
+            kind: cell * (scheme.n_bytes / scheme.n_values) / (full.n_bytes / full.n_values)
+            for kind in CACHE_TYPES
+            for scheme in [SCHEMES[kind.upper()]]
+        },
+        n_context_train=offer.n_context_train or n_context,
+    )
+
+
+def _judge(offer: Offer, option: Option, free_bytes: int, n_context: int, bytes_per_second: float | None) -> Suggestion:
+    n_wanted = min(n_context, option.candidate.n_context_train)
+    n_held = Machine(free_bytes).fit(option.candidate, option.cache_type, n_wanted).n_context
+    speed = bytes_per_second / offer.n_bytes if bytes_per_second and offer.n_bytes else None
+    has_reservation = bool(n_held < n_wanted or option.verdict > 0)
+    verdict = "large" if not n_held else "short" if has_reservation else "fits"
+    return Suggestion(
+        offer,
+        verdict,
+        n_held,
+        option.cache_type,
+        offer.n_bytes + int(option.candidate.cell_bytes[option.cache_type] * (n_held or n_wanted)),
+        speed if n_held else None,
+        _reason(option, n_held, n_wanted, free_bytes, speed),
+    )
+
+
+def _reason(option: Option, n_held: int, n_wanted: int, free_bytes: int, speed: float | None) -> str:
+    candidate = option.candidate
+    if not n_held:
+        cache = size(int(candidate.cell_bytes[option.cache_type] * n_wanted))
+        return (
+            f"It does not fit: its weights take {size(candidate.n_bytes)}, a cache of {n_wanted} tokens {cache}, "
+            f"and {size(free_bytes)} are free."
+        )
+    needed = size(candidate.n_bytes + int(candidate.cell_bytes[option.cache_type] * n_held))
+    kind = "" if option.cache_type == "f16" else f" with a cache of type {option.cache_type}"
+    parts = [f"It takes {needed} of the {size(free_bytes)} that are free for {n_held} tokens of context{kind}"]
+    if speed is not None:
+        slow = ", slower than one reads" if speed < _SLOW else ""
+        parts.append(f"writes at most about {speed:.0f} tokens a second{slow}" if speed >= 1 else "is very slow here")
+    parts += [*option.reasons[-1:], *option.warnings[:1]]
+    return "; ".join(parts) + "."
+
+
+def _is_slow(one: Suggestion) -> bool:
+    return one.tokens_per_second is not None and one.tokens_per_second < _SLOW
