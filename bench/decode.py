@@ -11,89 +11,32 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from record import describe_run
 
-from localreason.runtime.controls import CONTROLS, Setup, combine
-from localreason.runtime.decode import Request, decode
-from localreason.runtime.formats import FORMATS
+from localreason.cli.benchmark.loops import ARMED, TEXT, prompt_of, run_armed, run_bare
+from localreason.cli.benchmark.machine import peak_bytes
 from localreason.runtime.llama import EngineOptions, load
 from localreason.runtime.native import library
-from localreason.runtime.phase import PhaseTracker
-from localreason.runtime.sequence import Sequence
 
 llama_cpp = library()
-TEXT = "Think about this step by step: a farmer has 17 sheep, buys 5 more and sells a third of all of them. "
-
-
-class Endless:
-    """A tokenizer without ends of generation, so that every run has the same number of tokens."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self.n_vocab = tokenizer.n_vocab
-        self.encode, self.piece = tokenizer.encode, tokenizer.piece
-
-    def is_end(self, token):
-        return False
-
-
-def bare(engine, prompt, n_tokens):
-    """llama_decode and llama.cpp's greedy sampler, one token at a time; seconds of the decode steps only."""
-    context = engine.context
-    memory = llama_cpp.llama_get_memory(context)
-    llama_cpp.llama_memory_seq_rm(memory, 0, -1, -1)
-    sampler = llama_cpp.llama_sampler_init_greedy()
-    ids = (llama_cpp.llama_token * len(prompt))(*prompt)
-    assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(prompt))) == 0
-    one = (llama_cpp.llama_token * 1)()
-    start = time.perf_counter()
-    for _ in range(n_tokens):
-        one[0] = llama_cpp.llama_sampler_sample(sampler, context, -1)
-        assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(one, 1)) == 0
-    seconds = time.perf_counter() - start
-    llama_cpp.llama_sampler_free(sampler)
-    llama_cpp.llama_memory_seq_rm(memory, 0, -1, -1)
-    return seconds
-
-
-def full(engine, tokenizer, prompt, n_tokens, task="none"):
-    """The project's loop with budget, hint and suppression armed and thinking open; seconds of the same steps.
-
-    With the task "none" no probe is started: a probe is the work of another sequence, not overhead of the loop.
-    """
-    format = FORMATS["think"]
-    chosen = combine(None, ["budget:max=100000", "hint:alpha=100000", f"suppress:task={task}"], insist=True)
-    setup = Setup(tokenizer, format, max_thinking=100000)
-    controls = [CONTROLS[p.control](p, setup) for p in chosen]
-    sequence = Sequence(list(prompt), limit=n_tokens + 1)
-    request = Request(sequence, PhaseTracker(format, "<think>\n"), lambda row: int(row.argmax()), controls)
-    start = 0.0
-    n_probe = 0
-    for event in decode(engine, tokenizer, [request]):
-        if not start:
-            start = time.perf_counter()  # the first token comes out of the prefill
-        n_probe = sequence.counts.probe
-        del event
-    return time.perf_counter() - start, n_probe
+N_PROMPT = 24
 
 
 def measure(path, n_tokens, n_runs):
     engine, tokenizer = load(path, EngineOptions(n_context=4096, n_sequences=4))
-    endless = Endless(tokenizer)
-    prompt = tokenizer.prefix + tokenizer.encode(TEXT)
-    bare(engine, prompt, 16)
-    full(engine, endless, prompt, 16)
-    runs = [
-        (
-            bare(engine, prompt, n_tokens),
-            full(engine, endless, prompt, n_tokens)[0],
-            *full(engine, endless, prompt, n_tokens, "math"),
-        )
-        for _ in range(n_runs)
-    ]
+    prompt = prompt_of(tokenizer, N_PROMPT)
+
+    def full(name):
+        return run_armed(engine, tokenizer, prompt, n_tokens, ARMED[name])
+
+    run_bare(engine, prompt, 16)
+    full("all three")
+    runs = []
+    for _ in range(n_runs):
+        bare, armed, probed = run_bare(engine, prompt, n_tokens), full("all three"), full("all three, with probes")
+        runs.append((bare, n_tokens / armed.tokens_per_second, n_tokens / probed.tokens_per_second, probed.n_probe))
     engine.close()
     bare_seconds, full_seconds, probed_seconds, _ = (statistics.median(values) for values in zip(*runs, strict=True))
     return {
@@ -109,8 +52,8 @@ def measure(path, n_tokens, n_runs):
 def peak(path, n_tokens, which):
     """Peak resident bytes of a process that runs one of the loops only."""
     if which == "full":
-        measure_full = load(path, EngineOptions(n_context=4096, n_sequences=4))
-        full(measure_full[0], Endless(measure_full[1]), measure_full[1].encode(TEXT), n_tokens)
+        engine, tokenizer = load(path, EngineOptions(n_context=4096, n_sequences=4))
+        run_armed(engine, tokenizer, tokenizer.encode(TEXT), n_tokens, ARMED["all three"])
     else:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
@@ -123,10 +66,8 @@ def peak(path, n_tokens, which):
 
         engine = Bare()
         engine.context = context
-        bare(engine, list(range(100, 124)), n_tokens)
-    # Not ru_maxrss: on Linux that survives exec and would be the parent's.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        run_bare(engine, list(range(100, 124)), n_tokens)
+    return peak_bytes()
 
 
 def main():

@@ -1,29 +1,24 @@
-"""What every benchmark writes beside its numbers: commit, file, versions, machine."""
+"""What every script here writes beside its numbers: the command, the commit, and what `localreason bench` writes."""
 
 import hashlib
-import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-import psutil
+from localreason.cli.benchmark import machine
 
 
 def describe_run(model: Path) -> dict[str, object]:
     with model.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {**describe_command(), **machine.describe_run(model, sha256)}
+
+
+def describe_command() -> dict[str, object]:
+    """The command line without folders, and the commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     arguments = [Path(argument).name if "/" in argument else argument for argument in sys.argv]
-    return {
-        "command": "python bench/" + shlex.join(arguments),
-        "commit": commit.stdout.strip(),
-        "model": model.name,
-        "sha256": sha256,
-        "versions": {name: version(name) for name in ("localreason", "llama-cpp-python", "numpy")},
-        "python": platform.python_version(),
-        "machine": {"cpu": platform.machine(), "cores": psutil.cpu_count(logical=False), "system": platform.system()},
-    }
+    return {"command": "python bench/" + shlex.join(arguments), "commit": commit.stdout.strip()}

@@ -36,6 +36,7 @@ class Job:
     is_json: bool = False
     is_forced: bool = False
     is_quiet: bool = False
+    is_traced: bool = False
 
 
 @dataclass(slots=True)
@@ -81,8 +82,8 @@ def solve_all(job: Job, argument: str) -> ExitCode:
         Printed() if job.output is None else Results(job.output, todo, model, job.recipe.describe(), job.is_forced)
     )
     with contextlib.closing(sink):
-        left = [problem for problem in todo if problem.id not in sink.done]
-        before = [sink.done[problem.id] for problem in todo if problem.id in sink.done]
+        left = [problem for problem in todo if (problem.id, 0) not in sink.done]
+        before = [sink.done[problem.id, 0] for problem in todo if (problem.id, 0) in sink.done]
         tally = Tally(len(left), len(before), before, len(bad))
         is_done = not left or _run(job, path, model, left, sink, tally)
     _report(job, tally)
@@ -108,6 +109,7 @@ def _run(job: Job, path: Path, model: dict[str, str], left: list[problems.Proble
     from ..runtime.events import Token
     from ..runtime.model import Answered, Question
     from ..runtime.sequence import Origin
+    from .evaluation.trace import Recorder
 
     n_parallel = min(job.config.settings.parallel, len(left))
     by_id = {problem.id: problem for problem in left}
@@ -122,10 +124,14 @@ def _run(job: Job, path: Path, model: dict[str, str], left: list[problems.Proble
             contextlib.closing(opened.solve(questions, job.recipe, n_parallel)) as events,
         ):
             tally.started = time.perf_counter()
+            recorder = Recorder.of(opened) if job.is_traced else None
             for event in events:
                 sink.tick()
+                if recorder is not None:
+                    recorder.add(event)
                 if isinstance(event, Answered):
-                    row = make_row(event.result, by_id[event.result.id], model, recipe)
+                    steps = recorder.take(event.result.id) if recorder is not None else None
+                    row = make_row(event.result, by_id[event.result.id], model, recipe, steps)
                     sink.append(row)
                     tally.rows.append(row)
                     tally.n_left -= 1

@@ -48,6 +48,9 @@ _CODES: tuple[tuple[type[LocalReasonError], ExitCode], ...] = (
 
 GROUPS: dict[str, tuple[str, str]] = {
     "solve": ("solve", "Solve a question, or all problems of a file."),
+    "eval": ("eval", "Compare configurations on a task: accuracy for tokens and time."),
+    "trace": ("trace", "Show one solved problem step by step."),
+    "bench": ("bench", "Measure speed, memory and the controls' overhead."),
     "models": ("models", "List, fetch, inspect and remove models."),
     "quant": ("quant", "Inspect, convert and measure model files."),
     "controls": ("controls", "List the controls of the thinking and the presets."),

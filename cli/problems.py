@@ -12,6 +12,8 @@ from typing import Any
 from ..runtime.errors import InputError
 
 SUFFIXES = (".jsonl", ".csv", ".txt")
+LETTERS = "ABCDEFGHIJ"
+"""What the `choices` of a problem are called, in their order."""
 _TEXT_KEYS = ("problem", "question", "prompt")
 
 
@@ -57,10 +59,13 @@ def question(text: str) -> Problem:
 def read(argument: str) -> tuple[list[Problem], list[BadRow]]:
     """The problems of a file, or of standard input for `-`. Raises InputError where there is nothing to do."""
     name = "standard input" if argument == "-" else argument
-    data = _bytes(argument)
+    return parse(_bytes(argument), name, Path(argument).suffix.lower())
+
+
+def parse(data: bytes, name: str, kind: str = ".jsonl") -> tuple[list[Problem], list[BadRow]]:
+    """The problems in the content of a file of that suffix. Raises InputError where there is nothing to do."""
     if not data.removeprefix(b"\xef\xbb\xbf").strip():
         raise InputError(f"{name} is empty; give one problem a line")
-    kind = Path(argument).suffix.lower()
     if kind not in SUFFIXES:
         kind = ".jsonl" if data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{") else ".txt"
     problems: list[Problem] = []
@@ -158,6 +163,11 @@ def _problem(value: Any, line: int) -> Problem | BadRow:
         return BadRow(line, "the key 'problem' is missing")
     if not isinstance(text, str) or not text.strip():
         return BadRow(line, f"the problem is {text!r}; give a text that is not empty")
+    choices = value.get("choices")
+    if isinstance(choices, list) and choices:
+        if len(choices) > len(LETTERS) or not all(isinstance(choice, str | int | float) for choice in choices):
+            return BadRow(line, f"the choices are no list of at most {len(LETTERS)} texts; correct them")
+        text = "\n".join((text, "", *(f"{letter}. {c}" for letter, c in zip(LETTERS, choices, strict=False))))
     id_, answer = value.get("id"), value.get("answer")
     if not isinstance(id_, str | int | None) or isinstance(id_, bool):
         return BadRow(line, f"the id is {id_!r}; give a text or a whole number")

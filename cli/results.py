@@ -1,7 +1,8 @@
 """The results file: its schema, and a writer that can be killed at any moment and goes on where it stopped.
 
-One JSON object a line. A run that is started again keeps the rows that stand for the same id, problem text, model and
-recipe, drops those that failed, and writes the rest; so no row is lost and none is there twice.
+One JSON object a line. A run that is started again keeps the rows that stand for the same id, repeat, problem text,
+model and recipe, drops those that failed, and writes the rest; so no row is lost and none is there twice. An evaluation
+writes a header as the first line: `{"schema": 1, "header": {...}}`.
 """
 
 import contextlib
@@ -10,17 +11,20 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..runtime.errors import OutputError
+from .difference import difference
 from .problems import Problem
 
 SCHEMA = 1
 _START = b'{"schema": 1, "id": '
+_HEADER_START = b'{"schema": 1, "header": '
 """How each line begins: half a line that does not is none of ours and is left alone."""
 _SYNC_SECONDS = 1.0
+_REMEDY = "give another -o, or --force to go on all the same"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,23 @@ class Row:
     """What else shaped the answer: controls with all parameters, sampling, seed, limits, format."""
     error: str | None = None
     """Why the problem could not be run; null where it was. A later run tries such a row again."""
+    problem: str = ""
+    """The problem's text."""
+    gold: str | None = None
+    """The right answer, where it is known."""
+    repeat: int = 0
+    """Which of several attempts at the problem, each with a seed of its own."""
+    is_unclosed: bool = False
+    """Whether the reply ended inside the thinking."""
+    wall_seconds: float = 0.0
+    """Seconds since the run's row before this one; their sum is the time that the run took."""
+    trace: list[list[Any]] | None = None
+    """What happened, step by step, where `--trace` asked for it; see trace.py."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells the rows of a file apart."""
+        return self.id, self.repeat
 
 
 def problem_hash(text: str) -> str:
@@ -76,8 +97,8 @@ def to_line(row: Row) -> str:
 class Sink(Protocol):
     """Where finished rows go."""
 
-    done: dict[str, Row]
-    """Rows that stand already, by id."""
+    done: dict[tuple[str, int], Row]
+    """Rows that stand already, by id and repeat."""
 
     def append(self, row: Row) -> None: ...
     def tick(self) -> None: ...
@@ -88,7 +109,7 @@ class Printed:
     """Rows to standard output; nothing is kept."""
 
     def __init__(self) -> None:
-        self.done: dict[str, Row] = {}
+        self.done: dict[tuple[str, int], Row] = {}
 
     def append(self, row: Row) -> None:
         print(to_line(row), end="", flush=True)
@@ -101,7 +122,8 @@ class Printed:
 
 
 class Results:
-    """A results file opened for appending, locked against a second writer. Raises OutputError."""
+    """A results file opened for appending, locked against a second writer. A `header` becomes its first line, and what
+    stands there must be the same. Raises OutputError."""
 
     def __init__(
         self,
@@ -110,11 +132,13 @@ class Results:
         model: dict[str, str],
         recipe: dict[str, Any],
         is_forced: bool = False,
+        header: dict[str, Any] | None = None,
     ) -> None:
         import filelock
 
         self.path = path
-        self.done: dict[str, Row] = {}
+        self._header = None if header is None else json.loads(json.dumps(header))
+        self.done: dict[tuple[str, int], Row] = {}
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} is not a regular file; give another -o")
         if not path.parent.is_dir():
@@ -150,7 +174,7 @@ class Results:
             os.ftruncate(self._file, self._n_bytes)
             raise _unwritable(self.path, error) from error
         self._n_bytes = os.lseek(self._file, 0, os.SEEK_CUR)
-        self.done[row.id] = row
+        self.done[row.key] = row
 
     def tick(self) -> None:
         """Push written rows to the disk if the last time is a second ago; to be called often."""
@@ -179,24 +203,32 @@ class Results:
 
     def _resume(self, problems: list[Problem], model: dict[str, str], recipe: dict[str, Any], is_forced: bool) -> None:
         data = self.path.read_bytes()
-        rows, n_sound = _read(data, self.path)
+        header, rows, n_sound = read_rows(data, self.path)
         self._n_bytes = n_sound
         wanted = {problem.id: problem_hash(problem.text) for problem in problems}
         if not is_forced:
+            if (rows or header is not None) and (header is None) != (self._header is None):
+                whose = "an evaluation" if header is not None else "a run of `localreason solve`"
+                raise OutputError(f"{self.path} holds results of {whose}; give another -o")
             for row in rows:
                 _refuse_difference(row, wanted, model, recipe, self.path)
-        kept = list({row.id: row for row in rows if _is_kept(row, wanted)}.values())
+            if header is not None and self._header is not None and "machine" in header:
+                self._header["machine"] = header["machine"]  # that on which the run began; it may go on elsewhere
+            if header is not None and header != self._header:
+                raise _other(self.path, "evaluation", difference(header, self._header))
+        kept = list({row.key: row for row in rows if _is_kept(row, wanted)}.values())
+        start = "" if self._header is None else json.dumps({"schema": SCHEMA, "header": self._header}) + "\n"
         try:
-            if len(kept) < len(rows):
-                self._replace("".join(map(to_line, kept)).encode())
+            if len(kept) < len(rows) or (self._header is not None and header != self._header):
+                self._replace((start + "".join(map(to_line, kept))).encode())
             elif n_sound < len(data):
                 os.ftruncate(self._file, n_sound)
             self._n_bytes = os.lseek(self._file, 0, os.SEEK_END)
-            if len(kept) == len(rows) and data[:n_sound][-1:] not in (b"", b"\n"):
+            if len(kept) == len(rows) and data[:n_sound][-1:] not in (b"", b"\n") and self._n_bytes == n_sound:
                 self._n_bytes += os.write(self._file, b"\n")
         except OSError as error:
             raise _unwritable(self.path, error) from error
-        self.done = {row.id: row for row in kept}
+        self.done = {row.key: row for row in kept}
 
     def _replace(self, data: bytes) -> None:
         """New content in one step: a cut in between leaves the old file."""
@@ -217,12 +249,15 @@ def _is_kept(row: Row, wanted: Mapping[str, str]) -> bool:
     return row.id not in wanted or (row.error is None and wanted[row.id] == row.problem_hash)
 
 
-def _read(data: bytes, path: Path) -> tuple[list[Row], int]:
-    """The rows, and how many bytes of the data are sound; raises OutputError for a file that is not ours."""
+def read_rows(data: bytes, path: Path) -> tuple[dict[str, Any] | None, list[Row], int]:
+    """The header if there is one, the rows, and how many bytes of the data are sound; half a last line is passed over.
+    Raises OutputError for a file that is not ours."""
+    header: dict[str, Any] | None = None
     rows: list[Row] = []
     n_sound = 0
     lines = data.splitlines(keepends=True)
-    names = {item.name for item in fields(Row)}
+    needed = [item.name for item in fields(Row) if item.default is MISSING]
+    extra = {item.name: item.default for item in fields(Row) if item.default is not MISSING}
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
@@ -230,45 +265,34 @@ def _read(data: bytes, path: Path) -> tuple[list[Row], int]:
                 raise OutputError(
                     f"{path} line {number} has schema {value['schema']}, this version writes {SCHEMA}; give another -o"
                 )
-            rows.append(Row(**{key: value[key] for key in names}))
-        except (ValueError, KeyError, TypeError) as error:
-            is_half = line.startswith(_START) or _START.startswith(line) or not line.strip(b"\0")
+            if number == 1 and "header" in value:
+                header = dict(value["header"])
+            else:
+                kept = {name: value.get(name, default) for name, default in extra.items()}
+                rows.append(Row(**{name: value[name] for name in needed}, **kept))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            is_ours = any(line.startswith(start) or start.startswith(line) for start in (_START, _HEADER_START))
+            is_half = is_ours or not line.strip(b"\0")
             if number == len(lines) and is_half and not line.endswith(b"\n"):
                 break
             raise OutputError(f"{path} line {number} is not a result of ours; give another -o") from error
         n_sound += len(line)
-    return rows, n_sound
+    return header, rows, n_sound
 
 
 def _refuse_difference(
     row: Row, wanted: Mapping[str, str], model: dict[str, str], recipe: dict[str, Any], path: Path
 ) -> None:
-    remedy = "give another -o, or --force to go on all the same"
     if row.model["sha256"] != model["sha256"]:
-        raise OutputError(f"{path} holds results of the model {row.model['name']}, not of {model['name']}; {remedy}")
+        raise OutputError(f"{path} holds results of the model {row.model['name']}, not of {model['name']}; {_REMEDY}")
     if row.recipe != recipe:
-        raise OutputError(f"{path} holds results of another recipe: {_difference(row.recipe, recipe)}; {remedy}")
+        raise _other(path, "recipe", difference(row.recipe, recipe))
     if wanted.get(row.id, row.problem_hash) != row.problem_hash:
         raise OutputError(f"{path}: the text of problem {row.id!r} has changed; give another -o, or --force to redo it")
 
 
-def _difference(there: Any, here: Any, name: str = "") -> str:
-    """The first part in which two recipes differ."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in {**there, **here}:
-            if there.get(key) != here.get(key):
-                return _difference(there.get(key), here.get(key), f"{name}.{key}".strip("."))
-    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        for one, other in zip(there, here, strict=True):
-            if one != other and one.get("control") == other.get("control"):
-                return _difference(one, other, str(one.get("control")))
-    return f"{name} was {_brief(there)} and is now {_brief(here)}"
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, list):
-        return "+".join(str(item.get("control")) for item in value) or "none"
-    return json.dumps(value, ensure_ascii=False)
+def _other(path: Path, what: str, where: str) -> OutputError:
+    return OutputError(f"{path} holds results of another {what}: {where}; {_REMEDY}")
 
 
 def _unwritable(path: Path, error: BaseException) -> OutputError:

@@ -10,8 +10,14 @@ if TYPE_CHECKING:
     from ..runtime.model import Result
 
 
-def make_row(result: "Result", problem: Problem, model: dict[str, str], recipe: dict[str, Any]) -> Row:
-    """The row of a result."""
+def make_row(
+    result: "Result",
+    problem: Problem,
+    model: dict[str, str],
+    recipe: dict[str, Any],
+    trace: list[list[Any]] | None = None,
+) -> Row:
+    """The row of a result, with the record of its steps where one was kept."""
     return Row(
         schema=SCHEMA,
         id=problem.id,
@@ -30,6 +36,10 @@ def make_row(result: "Result", problem: Problem, model: dict[str, str], recipe: 
         model=model,
         recipe=recipe,
         error=str(result.error) if result.error is not None else None,
+        problem=problem.text,
+        gold=problem.answer,
+        is_unclosed=result.is_unclosed,
+        trace=trace,
     )
 
 

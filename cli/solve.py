@@ -39,6 +39,7 @@ Insist = Annotated[bool, typer.Option("--insist", help="Run controls that contra
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Solve only the first problems of the file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: the result row, or for a file the summary.")]
 Force = Annotated[bool, typer.Option("--force", help="Go on with results of another model or recipe.")]
+Trace = Annotated[bool, typer.Option("--trace", help="Of a file: keep every step, for `localreason trace`.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="The answer only; for a file nothing but errors.")]
 
 
@@ -75,6 +76,7 @@ def solve(
     is_json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
+    trace: Trace = False,
 ) -> None:
     """Solve a question, or all problems of a file.
 
@@ -100,7 +102,7 @@ def solve(
         from .batch import Job, solve_all
 
         where = _output(question, output)
-        code = solve_all(Job(settings, recipe, wiring, where, limit, is_json, force, quiet), question)
+        code = solve_all(Job(settings, recipe, wiring, where, limit, is_json, force, quiet, trace), question)
     else:
         code = _solve_one(settings, recipe, wiring, problems.question(question), is_json, quiet)
     raise typer.Exit(int(code))

@@ -71,13 +71,15 @@ class Trace:
 
 
 def read_traces(data: str, name: str) -> list[Trace]:
-    """The replies in a results file of `localreason solve`, those that failed apart. Raises InputError."""
+    """The replies in a results file of `localreason solve` or `eval`, those that failed apart. Raises InputError."""
     found = []
     for number, line in enumerate(data.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            if number == 1 and "header" in row:  # of an evaluation
+                continue
             parts = [row.get("problem") or "", row["thinking"], row["text"]]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(

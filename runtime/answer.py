@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 from .markup import find_boxed
 
@@ -19,6 +20,7 @@ _RESULT = re.compile(
 """A calculation up to the end of its line: `12 + 7 = 19`."""
 _CHOICE = re.compile(r"\(?([A-J])\)?(?=[.,:*\s]*$)", re.MULTILINE)
 _FORMULA = re.compile(r"\$([^$\n]+)\$(?!\d)")
+_WORDS = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)*")
 _PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 _UNIT = re.compile(r"^([-+]?\d+(?:\.\d+)?)\s+[a-zA-Z][a-z]{2,}(?:\s+[a-z]{2,})*(?:\^\{?\d\}?)?$")
 """A number and words behind it; one or two letters may be variables."""
@@ -94,17 +96,32 @@ def _is_equal(one: str, other: str) -> bool:
         return Decimal(one) == Decimal(other)  # a float would take two long integers for one
     if not one or not other or any(_is_costly(text) for text in (one, other)):
         return False
-    from math_verify import parse, verify
+    if _WORDS.fullmatch(one) and _WORDS.fullmatch(other):  # math-verify multiplies their letters: east is seat
+        return False
+    from math_verify import verify
 
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    # Its time limits are signals, which only a main thread can set; the bounds above stand in for them.
-    parsed = [
-        parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=False)  # pyright: ignore[reportArgumentType]
-        for text in (one, other)
-    ]
+    parsed = [_parse(text) for text in (one, other)]
     if not all(parsed):
         return False
     return bool(verify(parsed[0], parsed[1], timeout_seconds=None, raise_on_error=False))
+
+
+def is_readable(answer: str) -> bool:
+    """True where an answer is compared by value, not only as text."""
+    text = normalise(answer)
+    if _PLAIN.fullmatch(text):
+        return True
+    found = _parse(text) if text and not _is_costly(text) else []
+    return bool(found) and not isinstance(found[0], str)
+
+
+def _parse(text: str) -> list[Any]:
+    """What math-verify makes of an answer that is not costly; empty where it cannot read it."""
+    from math_verify import parse
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    # Its time limits are signals, which only a main thread can set; the bounds above stand in for them.
+    return parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=False)  # pyright: ignore[reportArgumentType]
 
 
 def _is_costly(text: str) -> bool:

@@ -81,6 +81,8 @@ def test_equal(one, other):
         ("5 x", "5"),
         ("3 apples", "4 apples"),
         ("[0,1]", "(0,1)"),
+        ("east", "seat"),
+        ("true north", "north true"),
     ],
 )
 def test_different(one, other):

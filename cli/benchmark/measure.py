@@ -1,0 +1,159 @@
+"""The measurement itself: what takes turns with what, and the numbers that come of it."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...runtime.engine import Engine
+from ...runtime.errors import InputError
+from ...runtime.tokenizer import Tokenizer
+from .loops import ARMED, prompt_of, run_armed, run_bare, run_batch, run_prefill
+from .machine import peak_bytes
+
+METHOD = (
+    "Greedy, ends of generation passed over, so that every run has the same number of tokens. The cases of a part "
+    "take turns, after a warm-up of each; medians of the runs are given, and ratios are medians of the ratios within "
+    "a turn, so that a machine that becomes slower does so for all. The bare loop is llama_decode with llama.cpp's "
+    "greedy sampler over the same context. Prefill is of one prompt in pieces of the engine's batch. Peak memory is "
+    "the most resident memory of the process, with the weights as far as they were read."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured."""
+
+    n_tokens: int = 64
+    n_runs: int = 5
+    lengths: tuple[int, ...] = (32, 128, 512)
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+
+    @property
+    def n_context(self) -> int:
+        """Cells that hold every case."""
+        batch = max(self.lengths[0], 32) + max(self.batches) * (self.n_tokens + 1)
+        return max(batch, max(self.lengths) + 1, 2 * (32 + self.n_tokens)) + 256
+
+
+def measure(engine: Any, tokenizer: Any, sizes: Sizes, load_seconds: float) -> dict[str, Any]:
+    """Speeds of a `LlamaEngine`. Raises InputError where the sizes do not fit its context."""
+    _check(engine, sizes)
+    prompt = prompt_of(tokenizer, min(32, sizes.lengths[0]))
+    return {
+        "method": METHOD,
+        "n_tokens": sizes.n_tokens,
+        "n_runs": sizes.n_runs,
+        "load_seconds": load_seconds,
+        "prefill": _prefill(engine, tokenizer, sizes),
+        "decode": _decode(engine, tokenizer, sizes, prompt),
+        "controls": _controls(engine, tokenizer, sizes, prompt),
+        "peak_bytes": peak_bytes(),
+        "weights_bytes": engine.memory.weights_bytes,
+        "cache_bytes": engine.memory.cache_bytes,
+    }
+
+
+def measure_ring(ring: Engine, whole: Engine, tokenizer: Any, sizes: Sizes) -> list[dict[str, Any]]:
+    """The ring against the whole model on this machine, with several sequences in flight."""
+    prompt = prompt_of(tokenizer, min(32, sizes.lengths[0]))
+    rows = []
+    for n in sizes.batches:
+        found = take_turns(
+            {
+                "ring": lambda n=n: run_batch(ring, tokenizer, prompt, n, sizes.n_tokens).tokens_per_second,
+                "whole": lambda n=n: run_batch(whole, tokenizer, prompt, n, sizes.n_tokens).tokens_per_second,
+            },
+            sizes.n_runs,
+        )
+        ratio = statistics.median(a / b for a, b in zip(found["ring"], found["whole"], strict=True))
+        rows.append(
+            {
+                "sequences": n,
+                "tokens_per_second": statistics.median(found["ring"]),
+                "whole_tokens_per_second": statistics.median(found["whole"]),
+                "ratio": ratio,
+            }
+        )
+    return rows
+
+
+def take_turns(cases: Mapping[str, Callable[[], float]], n_runs: int) -> dict[str, list[float]]:
+    """The results of each case, the cases in turns after a warm-up."""
+    for case in cases.values():
+        case()
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(n_runs):
+        for name, case in cases.items():
+            found[name].append(case())
+    return found
+
+
+def _check(engine: Engine, sizes: Sizes) -> None:
+    longest = max(max(sizes.lengths) + 1, 33 + sizes.n_tokens)
+    if longest > engine.n_context_sequence:
+        raise InputError(
+            f"a case of {longest} tokens is above the {engine.n_context_sequence} that the model holds; "
+            f"give smaller --lengths or --tokens"
+        )
+    if max(sizes.batches) > engine.n_sequences:
+        raise InputError(f"{max(sizes.batches)} sequences are above the {engine.n_sequences} of the engine")
+
+
+def _prefill(engine: Engine, tokenizer: Any, sizes: Sizes) -> list[dict[str, Any]]:
+    prompts = {str(n): prompt_of(tokenizer, n) for n in sizes.lengths}
+    found = take_turns({name: lambda ids=ids: run_prefill(engine, ids) for name, ids in prompts.items()}, sizes.n_runs)
+    return [
+        {
+            "tokens": len(prompts[name]),
+            "seconds": statistics.median(seconds),
+            "tokens_per_second": statistics.median(len(prompts[name]) / each for each in seconds),
+        }
+        for name, seconds in found.items()
+    ]
+
+
+def _decode(engine: Engine, tokenizer: Tokenizer, sizes: Sizes, prompt: list[int]) -> list[dict[str, Any]]:
+    found = take_turns(
+        {
+            str(n): lambda n=n: run_batch(engine, tokenizer, prompt, n, sizes.n_tokens).tokens_per_second
+            for n in sizes.batches
+        },
+        sizes.n_runs,
+    )
+    first = found[str(sizes.batches[0])]
+    return [
+        {
+            "sequences": int(name),
+            "tokens_per_second": statistics.median(speeds),
+            "ratio": statistics.median(a / b for a, b in zip(speeds, first, strict=True)),
+        }
+        for name, speeds in found.items()
+    ]
+
+
+def _controls(engine: Any, tokenizer: Tokenizer, sizes: Sizes, prompt: list[int]) -> list[dict[str, Any]]:
+    probes: dict[str, int] = {}
+
+    def armed(name: str, controls: Sequence[str]) -> float:
+        timing = run_armed(engine, tokenizer, prompt, sizes.n_tokens, controls)
+        probes[name] = timing.n_probe
+        return timing.tokens_per_second
+
+    cases: dict[str, Callable[[], float]] = {
+        "bare loop": lambda: sizes.n_tokens / run_bare(engine, prompt, sizes.n_tokens)
+    }
+    for name, controls in ARMED.items():
+        cases[name] = lambda name=name, controls=controls: armed(name, controls)
+    found = take_turns(cases, sizes.n_runs)
+    bare = found["bare loop"]
+    return [
+        {
+            "armed": name,
+            "tokens_per_second": statistics.median(speeds),
+            "ratio": statistics.median(a / b for a, b in zip(speeds, bare, strict=True)),
+            "ratio_per_run": [a / b for a, b in zip(speeds, bare, strict=True)],
+            "probe_tokens": probes.get(name, 0),
+        }
+        for name, speeds in found.items()
+    ]

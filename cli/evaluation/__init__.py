@@ -1,0 +1,1 @@
+"""Evaluation: tasks, graders, runs, and what they say of configurations."""

@@ -1,0 +1,123 @@
+"""The pictures of a comparison, by matplotlib (extra `eval`). Names are drawn as they are, never as formulas."""
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...runtime.errors import InputError, OutputError
+from .compare import Run
+from .statistics import at_budgets, pareto
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SIZE_INCHES = (7.2, 4.4)
+_N_BINS = 24
+
+
+def _accuracy(axes: "Axes", runs: Sequence[Run]) -> None:
+    for i, run in enumerate(runs):
+        x, y = run.summary.sampled, run.summary.accuracy
+        axes.errorbar(
+            x.mean,
+            100 * y.mean,
+            xerr=[[max(0.0, x.mean - x.low)], [max(0.0, x.high - x.mean)]],
+            yerr=[[max(0.0, 100 * (y.mean - y.low))], [max(0.0, 100 * (y.high - y.mean))]],
+            fmt="o",
+            capsize=3,
+            color=f"C{i % 10}",
+            label=run.name,
+        )
+    front = [runs[i].summary for i in pareto([(run.summary.sampled.mean, run.summary.accuracy.mean) for run in runs])]
+    axes.plot(
+        [found.sampled.mean for found in front],
+        [100 * found.accuracy.mean for found in front],
+        color="0.6",
+        linestyle="--",
+        marker="o",
+        markersize=12,
+        fillstyle="none",
+        zorder=0,
+        label="Pareto front",
+    )
+    axes.set_xlabel("sampled tokens a problem, all samples")
+    axes.set_ylabel("accuracy, %")
+
+
+def _lengths(axes: "Axes", runs: Sequence[Run]) -> None:
+    lengths = [[row.tokens["thinking"] for row in run.rows if row.error is None] for run in runs]
+    most = max(max(each, default=0) for each in lengths)
+    bins = [most * i / _N_BINS for i in range(_N_BINS + 1)] if most else [0.0, 1.0]
+    for i, (run, each) in enumerate(zip(runs, lengths, strict=True)):
+        axes.hist(each, bins=bins, histtype="step", linewidth=1.6, color=f"C{i % 10}", label=run.name)
+    axes.set_xlabel("thinking tokens of the chosen sample")
+    axes.set_ylabel("replies")
+
+
+def _budgets(axes: "Axes", runs: Sequence[Run]) -> None:
+    for i, run in enumerate(runs):
+        budgets, share = at_budgets(run.rows)
+        axes.plot(budgets, 100 * share, color=f"C{i % 10}", label=run.name)
+    axes.set_xlabel("sampled tokens that a problem may take")
+    axes.set_ylabel("right within them, %")
+
+
+PLOTS: dict[str, tuple[str, Callable[["Axes", Sequence[Run]], None]]] = {
+    "accuracy": ("Accuracy over tokens, 95 % intervals", _accuracy),
+    "lengths": ("Length of thinking", _lengths),
+    "budget": ("Accuracy over budget", _budgets),
+}
+"""Name of the file and title of each plot."""
+
+
+def draw(name: str, runs: Sequence[Run], kind: str) -> bytes:
+    """One of `PLOTS` as the content of a "png" or "svg" file. Raises InputError where matplotlib is missing."""
+    title, paint = PLOTS[name]
+    with _matplotlib(name) as figure_type:
+        figure = figure_type(figsize=_SIZE_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        paint(axes, runs)
+        axes.set_title(title)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize="small")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+@contextmanager
+def _matplotlib(salt: str) -> Iterator[Any]:
+    """matplotlib's figure; the same numbers give the same file."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError('plots need matplotlib; run pip install "localreason[eval]", or give --no-plots') from error
+    settings: Any = {"text.parse_math": False, "svg.hashsalt": f"localreason {salt}", "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings):
+        yield Figure
+
+
+def inline_svg(name: str, runs: Sequence[Run]) -> str:
+    """A plot as an element of an HTML page: no prologue, no metadata, nothing that is fetched."""
+    text = draw(name, runs, "svg").decode("utf-8")
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+def write_plots(folder: Path, runs: Sequence[Run]) -> list[Path]:
+    """Every plot as PNG and SVG. Raises OutputError."""
+    paths = []
+    for name in PLOTS:
+        for kind in ("png", "svg"):
+            path = folder / f"{name}.{kind}"
+            data = draw(name, runs, kind)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            except OSError as error:
+                raise OutputError(f"{path} cannot be written: {error.strerror}; give another --out") from error
+            paths.append(path)
+    return paths

@@ -1,0 +1,140 @@
+"""`localreason eval compare`: what is refused, and a report in which all text is text."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from localreason.cli.main import ExitCode, main
+from localreason.quant.measure import read_traces
+from tests.cli.evaluation.samples import MODEL, row, write
+
+EVIL = "<script>alert(1)</script> & \"'$\\frac{"
+
+
+def compare(*args: str) -> int:
+    return main(["eval", "compare", *args])
+
+
+def sample(home: Path, name: str = "safe", n_right: int = 3, **changes: object) -> str:
+    return write(home / f"{name}.jsonl", [row(f"p{i}", i < n_right, 10 + i) for i in range(6)], **changes)
+
+
+def test_two_configurations_stand_side_by_side(home: Path, capsys: pytest.CaptureFixture[str]):
+    assert compare(sample(home), sample(home, "fast", 5)) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert re.search(r"accuracy +50\.0% \[.*\] +83\.3% \[", out)
+    assert re.search(r"difference +\+33\.3 \[", out)
+    assert compare(sample(home), "--markdown") == ExitCode.OK
+    assert capsys.readouterr().out.startswith("| configuration | n | accuracy |")
+    assert compare(sample(home), "again=safe.jsonl", "--json") == ExitCode.OK
+    found = json.loads(capsys.readouterr().out)
+    assert (found["baseline"], [run["name"] for run in found["runs"]]) == ("safe", ["safe", "again"])
+    assert found["runs"][1]["to_baseline"]["p"] == 1
+
+
+def test_different_models_are_refused_unless_asked_for(home: Path, capsys: pytest.CaptureFixture[str]):
+    large = {"name": "large", "sha256": "f" * 64}
+    files = sample(home), write(home / "other.jsonl", [row("p0", model=large)], model=large)
+    assert compare(*files) == ExitCode.INPUT
+    assert "safe and other are of different model files, tiny and large; give" in capsys.readouterr().err
+    assert compare(*files, "--across-models") == ExitCode.OK
+    assert "note: safe and other are of different model files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"problem_hash": "2" * 64}, "different texts for problem 'p0'"),
+        ({"id": "q"}, "no problem was run under both"),
+    ],
+)
+def test_results_of_other_problems_are_refused(
+    home: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], reason: str
+):
+    other = write(home / "other.jsonl", [row("p0") if "id" not in changes else row("q"), row("p1")][:1])
+    if "problem_hash" in changes:
+        other = write(home / "other.jsonl", [row("p0", problem_hash="2" * 64)])
+    assert compare(sample(home), other) == ExitCode.INPUT
+    assert reason in capsys.readouterr().err
+
+
+def test_other_seeds_and_versions_are_noted(home: Path, capsys: pytest.CaptureFixture[str]):
+    other = write(home / "other.jsonl", [row("p0", seed=1), row("p1", None, error="too long")], versions={"x": "1"})
+    assert compare(sample(home), other) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert "other: other seeds than safe" in out
+    assert "other: run with other versions" in out
+    assert "other: 1 rows could not be run" in out
+    assert "other: compared with safe on the 1 problems that both ran" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (("none.jsonl",), "there is no results file none.jsonl"),
+        (("safe.jsonl", "safe.jsonl"), "two results are named 'safe'"),
+        (("notes.txt",), "notes.txt line 1 is not a result of ours"),
+        (("empty.jsonl",), "holds no rows yet"),
+        (("safe.jsonl", "exact.jsonl"), "was graded by math and exact by exact"),
+        ((".",), "cannot be read"),
+    ],
+)
+def test_mistakes_are_sentences(home: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], reason: str):
+    sample(home)
+    sample(home, "exact", grader="exact")
+    write(home / "empty.jsonl", [])
+    (home / "notes.txt").write_text("my notes\n")
+    assert compare(*args) in (ExitCode.INPUT, ExitCode.OUTPUT)
+    err = capsys.readouterr().err
+    assert reason in err
+    assert "bug" not in err
+
+
+class Page(HTMLParser):
+    """The tags of a page, and every address in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href")]
+
+
+def test_the_report_needs_nothing_else_and_shows_text_as_text(home: Path):
+    rows = [row("p0", True), row("p1", False, answer=EVIL, problem=EVIL, gold=EVIL)]
+    first = write(home / "safe.jsonl", rows, model={**MODEL, "name": EVIL}, task={"name": EVIL})
+    second = write(home / "b.jsonl", [row("p0", True), row("p1", True, problem=EVIL)])
+    assert compare(f"{EVIL.replace('/', ' ')}={first}", f"$x$={second}", "-o", "report") == ExitCode.OK
+    text = Path("report/report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert "script" not in page.tags
+    assert {"svg", "table", "h1"} <= page.tags
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not re.search(r"url\((?!#)", text)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    names = {path.name for path in Path("report").iterdir()}
+    plots = {f"{name}.{kind}" for name in ("accuracy", "lengths", "budget") for kind in ("png", "svg")}
+    assert names == plots | {"report.html", "report.md", "report.json"}
+    assert Path("report/accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "$x$" in Path("report/accuracy.svg").read_text()
+
+
+def test_without_plots_matplotlib_is_not_needed(home: Path):
+    assert compare(sample(home), "-o", "report", "--no-plots") == ExitCode.OK
+    assert "<svg" not in Path("report/report.html").read_text()
+
+
+def test_a_report_that_cannot_be_written_is_an_output_error(home: Path):
+    assert compare(sample(home), "-o", "safe.jsonl/report", "--no-plots") == ExitCode.OUTPUT
+
+
+def test_replies_of_an_evaluation_are_traces_to_measure_files_on(home: Path):
+    [trace] = read_traces(Path(write(home / "safe.jsonl", [row()])).read_text(), "safe.jsonl")
+    assert (trace.problem, trace.thinking, trace.text) == ("the problem p0", "so", "7")

@@ -1,0 +1,82 @@
+"""`localreason bench` on a tiny model: the figures that are there, the files, and an older record beside them."""
+
+import csv
+import json
+import platform
+from pathlib import Path
+
+import pytest
+
+from localreason.cli.build import Wiring
+from localreason.cli.main import ExitCode, main
+from localreason.runtime.model import Model
+
+SMALL = ["--tokens", "4", "--runs", "2", "--lengths", "8,24", "--batches", "1,2", "--threads", "1"]
+
+
+def test_every_part_is_measured_and_written(tiny_model: Path, home: Path, capsys: pytest.CaptureFixture[str]):
+    files = ["-o", "b.json", "-o", "b.md", "-o", "b.csv"]
+    assert main(["bench", "-m", str(tiny_model), *SMALL, *files]) == ExitCode.OK
+    record = json.loads(Path("b.json").read_text())
+    assert [row["tokens"] for row in record["prefill"]] == [8, 24]
+    assert [row["sequences"] for row in record["decode"]] == [1, 2]
+    assert record["controls"][0] == {**record["controls"][0], "armed": "bare loop", "ratio": 1.0}
+    assert {"budget", "hint", "suppress"} <= {row["armed"] for row in record["controls"]}
+    assert record["load_seconds"] > 0
+    assert record["peak_bytes"] > record["weights_bytes"] > 0
+    assert record["method"]
+    text = Path("b.json").read_text()
+    for private in (platform.node(), str(tiny_model.parent), str(home)):
+        assert not private or private not in text
+    rows = list(csv.reader(Path("b.csv").read_text().splitlines()))
+    assert rows[0] == ["part", "what", "value", "ratio_to_older"]
+    assert ["decode", "2 sequences"] in [row[:2] for row in rows]
+    assert Path("b.md").read_text() == capsys.readouterr().out
+
+
+def test_an_older_record_gives_ratios(tiny_model: Path, home: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "-m", str(tiny_model), *SMALL, "-o", "old.json"]) == ExitCode.OK
+    old = json.loads(Path("old.json").read_text())
+    old["machine"] = {"cpu": "abacus"}
+    Path("old.json").write_text(json.dumps(old))
+    capsys.readouterr()
+    assert main(["bench", "-m", str(tiny_model), *SMALL, "--compare", "old.json"]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert 'Not the same machine: {"cpu": "abacus"} then' in out
+    assert "| file | weights_bytes |" in out
+    assert "| decode | 2 sequences |" in out
+
+
+def test_a_ring_is_measured_against_this_machine(tiny_model: Path, home: Path, capsys: pytest.CaptureFixture[str]):
+    wired = Wiring(open_model=lambda path, options, config: Model.open(path, options))
+    assert main(["bench", "-m", str(tiny_model), *SMALL, "--cluster", "--json"], wired) == ExitCode.OK
+    ring = json.loads(capsys.readouterr().out)["ring"]
+    assert [row["sequences"] for row in ring] == [1, 2]
+    assert all(row["ratio"] > 0 for row in ring)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "reason"),
+    [
+        (("--lengths", "9,x"), ExitCode.USAGE, "give whole numbers"),
+        (("--batches", "2,1"), ExitCode.USAGE, "give ascending numbers from 1 to 64"),
+        (("--lengths", "100000"), ExitCode.INPUT, "give smaller --lengths"),
+        (("-o", "b.txt"), ExitCode.OUTPUT, "b.txt cannot be written"),
+        (("-o", "no/b.json"), ExitCode.OUTPUT, "no/b.json cannot be written"),
+        (("--compare", "none.json"), ExitCode.INPUT, "none.json cannot be read"),
+        (("--compare", "notes.json"), ExitCode.INPUT, "is no record of `localreason bench`"),
+    ],
+)
+def test_mistakes_are_sentences(
+    tiny_model: Path,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    args: tuple[str, ...],
+    code: ExitCode,
+    reason: str,
+):
+    (home / "notes.json").write_text("[1]")
+    assert main(["bench", "-m", str(tiny_model), *SMALL, *args]) == code
+    err = capsys.readouterr().err
+    assert reason in err
+    assert "bug" not in err
