@@ -1,10 +1,14 @@
-"""Files of one model against the first: bytes, bits a weight, decode speed, divergence, same top token.
+"""Files of one model against the first: bytes, bits a weight, decode speed, divergence, same top token, accuracy.
 
-    python bench/quant.py SOURCE.gguf MODEL.gguf... --text FILE [--tokens 4096] [--runs 5] [--out FILE.json]
+    python bench/quant.py SOURCE.gguf MODEL.gguf... --text FILE --out FILE.json [--only speed|drift] [--tokens 8192]
+    python bench/quant.py SOURCE.gguf MODEL.gguf --solved SOURCE.jsonl MODEL.jsonl --out FILE.json
+    python bench/quant.py SOURCE.gguf MODEL.gguf --text FILE --tools FOLDER --out FILE.json
 
 All files must exist; nothing is converted. Speed is of one sequence and greedy; the files take turns, so that a machine
 that becomes slower does so for all, and what counts is the median of the ratios to the source within a round. Quality
-is measured apart from speed. A cache type other than f16 is a row of its own: MODEL.gguf@q8_0. The last line is JSON.
+is measured apart from speed. A cache type other than f16 is a row of its own: MODEL.gguf@q8_0. `--solved` pairs what
+`localreason solve` wrote for both files; `--tools` has llama.cpp's own llama-perplexity and llama-quantize in a folder.
+What is in the file of `--out` already and is not measured now stays. The last line is JSON.
 """
 
 import argparse
@@ -14,11 +18,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import quant_tools
 from record import describe_run
 
 from localreason.quant.choose import describe
 from localreason.quant.gguf import ModelFile
 from localreason.quant.measure import check_vocabulary, compare, cut
+from localreason.quant.paired import Outcome, compare_outcomes
 from localreason.runtime.engine import Span
 from localreason.runtime.llama import EngineOptions, load
 
@@ -49,17 +55,21 @@ def options(kind, n_context, threads):
     return EngineOptions(n_context=n_context, n_sequences=1, n_threads=threads, cache_type=kind)
 
 
-def speeds(files, n_tokens, n_runs, threads):
+def speeds(files, given):
     """Tokens a second of each file, and its ratios to the first, round by round."""
-    opened = [load(path, options(kind, N_PROMPT + n_tokens + 256, threads)) for path, kind in files]
+    n_tokens = given.decode
+    opened = [load(path, options(kind, N_PROMPT + n_tokens + 256, given.threads)) for path, kind in files]
     prompt = (opened[0][1].prefix + opened[0][1].encode("Think about this step by step. " * 20))[:N_PROMPT]
     for engine, _ in opened:
         decode_seconds(engine, prompt, 8)
-    rounds = [[decode_seconds(engine, prompt, n_tokens) for engine, _ in opened] for _ in range(n_runs)]
+    rounds = [[decode_seconds(engine, prompt, n_tokens) for engine, _ in opened] for _ in range(given.runs)]
     for engine, _ in opened:
         engine.close()
     return [
         {
+            "n_runs": given.runs,
+            "n_decoded": n_tokens,
+            "threads": given.threads,
             "tokens_per_second": round(n_tokens / statistics.median(seconds), 2),
             "speed_ratio": round(statistics.median(r[0] / r[i] for r in rounds), 4),
             "speed_ratio_per_run": [round(r[0] / r[i], 4) for r in rounds],
@@ -77,50 +87,69 @@ def drift(source, file, text, given):
         with candidate:
             check_vocabulary(tokenizer, candidate_tokenizer, (path.name, other.name))
             chunks = cut(tokenizer.encode(text), tokenizer.prefix, given.context, given.tokens)
-            return compare(reference, candidate, chunks, (path.name, other.name))
+            return asdict(compare(reference, candidate, chunks, (path.name, other.name)))
 
 
-def row(file, n_bytes):
+def solved(paths):
+    """What `localreason solve` wrote for the source and for the other file, paired by problem."""
+    sides, recipes = [], []
+    for path in paths:
+        rows = [row for row in map(json.loads, path.read_text("utf-8").splitlines()) if row["error"] is None]
+        sides.append({row["id"]: Outcome(row["correct"], row["tokens"]["thinking"], row["stop"]) for row in rows})
+        recipes.append(rows[0]["recipe"])
+    assert recipes[0] == recipes[1], "both were solved by one recipe"
+    n_all = len(sides[0].keys() | sides[1].keys())
+    return {"recipe": recipes[0], **asdict(compare_outcomes(sides[0], sides[1], n_all, recipes[0]["seed"]))}
+
+
+def row(file):
     path, kind = file
     known = describe(ModelFile(path), path.name)
     bits = {"scheme": known.scheme, "bits_per_weight": round(known.bits_per_weight, 3)}
-    return {"file": path.name, "bytes": n_bytes, "cache_type": kind, **bits}
+    return {"file": path.name, "bytes": path.stat().st_size, "cache_type": kind, **bits}
 
 
-def table(rows):
-    yield "| file | cache | MiB | bits | tokens/s | speed to source | perplexity | mean KL | 99 % KL | same top |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    for r in rows:
-        d = r["drift"]
-        kl, top = d["divergence"], d["same_top"]["value"]
-        yield (
-            f"| {r['file']} | {r['cache_type']} | {r['bytes'] / 2**20:.0f} | {r['bits_per_weight']:.2f} | "
-            f"{r['tokens_per_second']:.1f} | {r['speed_ratio']:.3f} | {d['candidate_perplexity']['value']:.3f} | "
-            f"{kl['value']:.5f} ± {kl['error']:.5f} | {d['divergence_p99']:.4f} | {top:.2%} |"
-        )
+def measure(files, given):
+    """The rows as far as they are asked for, joined with what stands in the file of `--out`."""
+    before = json.loads(given.out.read_text()) if given.out and given.out.exists() else {}
+    known = {(one["file"], one["cache_type"]): one for one in before.get("rows", [])}
+    rows = [known.pop((path.name, kind), {}) | row((path, kind)) for path, kind in files]
+    record = before | describe_run(files[0][0]) | {"rows": [*rows, *known.values()]}
+    part = "problems" if given.solved else "tools" if given.tools else given.only or "speed and drift"
+    record["commands"] = before.get("commands", {}) | {part: record.pop("command")}
+    if given.solved:
+        record["problems"] = {"file": files[1][0].name, "set": given.set, **solved(given.solved)}
+    if given.tools:
+        record["tools"] = record.get("tools", {}) | quant_tools.compare_tools(files, given, drift)
+    if given.text and not given.tools:
+        record |= {"text": given.text.name, "n_tokens": given.tokens}
+        if given.only != "drift":
+            for found, speed in zip(rows, speeds(files, given), strict=True):
+                found |= speed
+        if given.only != "speed":
+            for found, file in zip(rows, files, strict=True):
+                found["drift"] = drift(files[0], file, given.text.read_text("utf-8"), given)
+    return record
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="+", help="the source first; MODEL.gguf or MODEL.gguf@CACHE_TYPE")
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=4096, help="of the text")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--only", choices=("speed", "drift"))
+    parser.add_argument("--tokens", type=int, default=8192, help="of the text")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64, help="tokens that are decoded in a run")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--solved", type=Path, nargs=2, help="results of the source and of the other file")
+    parser.add_argument("--set", default="", help="the name of the set of problems that was solved")
+    parser.add_argument("--tools", type=Path, help="a folder with llama-perplexity and llama-quantize")
+    parser.add_argument("--tool", choices=("perplexity", "quantize"), help="compare with this one only")
+    parser.add_argument("--scheme", default="q4_k_m", help="what llama-quantize is to make of the source")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    files = [parse(argument) for argument in given.models]
-    text = given.text.read_text("utf-8")
-    rows = [row(file, file[0].stat().st_size) for file in files]
-    for found, speed in zip(rows, speeds(files, given.decode, given.runs, given.threads), strict=True):
-        found |= speed
-    for found, file in zip(rows, files, strict=True):
-        found["drift"] = asdict(drift(files[0], file, text, given))
-    print("\n".join(table(rows)))
-    record = {**describe_run(files[0][0]), "text": given.text.name, "n_tokens": given.tokens, "n_runs": given.runs}
-    record |= {"n_decoded": given.decode, "rows": rows}
+    record = measure([parse(argument) for argument in given.models], given)
     if given.out:
         given.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))

@@ -43,7 +43,10 @@ def open_model(path: Path, options: "EngineOptions", config: Config) -> Abstract
         return open_ring(path, options, config)
     from ..runtime.model import Model
 
-    return Model.open(path, options)
+    model = Model.open(path, options)
+    for note in model.notes:
+        _tell(note)
+    return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +126,15 @@ def warn(path: Path, config: Config) -> None:
     """One line where the weights or the cache are known to hurt reasoning; nothing for the demo, which says so itself,
     nor for a file that cannot be read, which loading tells."""
     from ..quant.inspect import inspect
-    from ..quant.source import read_local
     from ..runtime.errors import ModelError
+    from ..runtime.parts import read_local
     from ..runtime.precision import advice
 
     if config.settings.model is None:
         return
     with contextlib.suppress(ModelError):
         report = inspect(read_local(path))
-        found = advice(report.precision, report.n_parameters, config.settings.cache_type, report.architecture)
+        found = advice(report.precision, report.n_parameters, config.settings.cache_type or "f16", report.architecture)
         if found:
             _tell(found[0])
 

@@ -241,7 +241,7 @@ def plan(
             raise typer.BadParameter(f"{objective!r} is not latency, throughput or prefill", param_hint="--objective")
         wish = replace(wish, objective=objective)
     machines, links = planning.read_devices(devices) if devices else ring.measure_home(file, settings)
-    question = planning.Question(file, machines, links, wish, context, chosen.cache_type, chosen.row_type)
+    question = planning.Question(file, machines, links, wish, context, chosen.cache_type or "f16", chosen.row_type)
     found = question.answer()
     if is_json:
         print(json.dumps(planning.as_json(question, found, explain, compare or []), indent=2))

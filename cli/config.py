@@ -41,7 +41,11 @@ class Settings:
     context: int | None = _setting(None, "tokens that the cache holds; unset: what fits into memory", 16, 1 << 24)
     threads: int | None = _setting(None, "threads; unset: the physical cores", 1, 512)
     gpu_layers: int | None = _setting(None, "layers on the GPU; unset: all where there is one", 0, 10_000)
-    cache_type: str = _setting("f16", "type of the key-value cache", choices=("f16", "q8_0", "q4_0"))
+    cache_type: str | None = _setting(
+        None,
+        "type of the key-value cache; unset: f16, or q8_0 where f16 does not hold the context",
+        choices=("f16", "q8_0", "q4_0"),
+    )
     format: str | None = _setting(None, "thinking format, e.g. think, harmony, prompted; unset: detected")
     think: bool = _setting(True, "let the model think before it answers")
     store: str | None = _setting(None, "folder of pulled models")

@@ -47,6 +47,9 @@ MeasuredFiles = Annotated[
 ]
 Devices = Annotated[Path | None, typer.Option("--devices", help="Choose for the machines of this JSON file.")]
 Force = Annotated[bool, typer.Option("--force", help="Admit weights below 4 bits and 4-bit caches on small models.")]
+Hard = Annotated[
+    bool, typer.Option("--hard", help="The tasks are hard (AIME, long proofs): one class more bits than usual.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -106,6 +109,7 @@ def choose(
     measured: MeasuredFiles = None,
     devices: Devices = None,
     force: Force = False,
+    is_hard: Hard = False,
     folder: Annotated[str | None, config.flag("store")] = None,
     is_json: Json = False,
 ) -> None:
@@ -118,14 +122,7 @@ def choose(
       localreason quant choose --hf Qwen/Qwen3-4B-GGUF --devices home.json --json
     """
     where = config.load({"store": folder}).store
-    named = [_local(name, where) for name in dict.fromkeys(files or [])]
-    taken = Counter(source.file.path.name for source in named)
-    sources = [source if taken[source.file.path.name] > 1 else _briefly(source) for source in named]
-    for repository in repositories or []:
-        hub: Any = build.wiring(context).hub()
-        sources += _published(repository, hub, where)
-    if not files and not repositories:
-        sources = _stored(where)
+    sources = _sources(context, files or [], repositories or [], where)
     if devices is not None:
         room, limit = _ring(devices, sources := _cut(sources))
     else:
@@ -134,12 +131,25 @@ def choose(
     known = _read_measured(measured or [])
     candidates = [source.candidate for source in sources]
     by_name = {one.name: known.get(_base(one.name), ()) for one in candidates}
-    options = rank(candidates, room, n_context, by_name, force)
+    options = rank(candidates, room, n_context, by_name, force, is_hard)
     if is_json:
         lines = explain(options, limit)
         print(json.dumps({"room": limit, "choice": lines, "options": [_row(option) for option in options]}, indent=2))
         return
     print("\n".join([*explain(options, limit), "", *_table(options)]))
+
+
+def _sources(context: typer.Context, files: list[str], repositories: list[str], folder: Path) -> list[Source]:
+    """What is named, or else all models of the store."""
+    if not files and not repositories:
+        return _stored(folder)
+    named = [_local(name, folder) for name in dict.fromkeys(files)]
+    taken = Counter(source.file.path.name for source in named)
+    sources = [source if taken[source.file.path.name] > 1 else _briefly(source) for source in named]
+    for repository in repositories:
+        hub: Any = build.wiring(context).hub()
+        sources += _published(repository, hub, folder)
+    return sources
 
 
 def _local(name: str, folder: Path) -> Source:

@@ -68,8 +68,7 @@ def convert(
     from ..quant.convert import convert as write
     from ..quant.request import Request
 
-    settings = config.load({**context.params, "model": source, "cluster": False})
-    path = build.find_model(settings, build.wiring(context).hub)
+    path, n_threads = _open(context, source)
     if not is_dry:
         check_target(path, target, is_forced)
     request = Request(scheme, _pairs(tensor or []), output_type, embedding_type, is_pure, imatrix, allows_requantize)
@@ -77,14 +76,28 @@ def convert(
     row = _row(plan, path, target)
     if not is_dry:
         with _bar("converting", lambda n: f"{n / 1e6:.0f} MB") as show:
-            seconds = write(plan, target, checksum.sha256(path), is_forced, _threads(settings), show)
+            seconds = write(plan, target, checksum.sha256(path), is_forced, n_threads, show)
         row["seconds"] = round(seconds, 3)
-    if is_json:
-        print(json.dumps(row, indent=2))
-        return
+    print(json.dumps(row, indent=2) if is_json else _sentence(plan, row))
+
+
+def _open(context: typer.Context, model: str) -> tuple[Path, int]:
+    """The file of a model, and the threads to use."""
+    from ..runtime.llama import physical_cores
+
+    settings = config.load({**context.params, "model": model, "cluster": False})
+    path = build.find_model(settings, build.wiring(context).hub)
+    return path, settings.settings.threads or physical_cores()
+
+
+def _sentence(plan: "Plan", row: dict[str, Any]) -> str:
+    """What is said of a conversion to a person."""
     types = ", ".join(f"{n} {kind}" for kind, n in plan.counts.items())
-    print(f"{target}: {plan.scheme}, {plan.n_bytes} bytes ({plan.bits_per_weight:.2f} bits a weight), tensors: {types}")
-    print(f"from {path}: {plan.source.header.n_bytes} bytes" + ("" if is_dry else f", {row['seconds']:.1f} s"))
+    seconds = f", {row['seconds']:.1f} s" if "seconds" in row else ""
+    return (
+        f"{row['target']}: {plan.scheme}, {plan.n_bytes} bytes ({plan.bits_per_weight:.2f} bits a weight), "
+        f"tensors: {types}\nfrom {row['source']}: {row['source_bytes']} bytes{seconds}"
+    )
 
 
 def _row(plan: "Plan", path: Path, target: Path) -> dict[str, Any]:
@@ -121,27 +134,21 @@ def imatrix(
       localreason quant imatrix qwen3-f16.gguf -o traces.gguf --from results.jsonl
       localreason quant imatrix qwen3-f16.gguf -o wiki.gguf --from wiki.txt --tokens 50000
     """
-    from ..quant.collect import collect, read_documents
+    from ..quant.collect import collect
     from ..quant.imatrix import write_importance
+    from ..quant.traces import read_documents
 
-    settings = config.load({**context.params, "cluster": False})
-    path = build.find_model(settings, build.wiring(context).hub)
+    path, n_threads = _open(context, model)
+    n_layers = config.load(context.params).settings.gpu_layers
     _check_output(output, path, texts, is_forced)
     started = time.monotonic()
     with _bar("reading", lambda n: f"{n} tokens") as show:
-        n_layers, n_threads = settings.settings.gpu_layers, _threads(settings)
         documents = read_documents(texts)
         importance = collect(path, documents, texts.name, tokens, n_threads, n_layers, lambda n: show(n, tokens, ""))
     write_importance(importance, output)
-    row = {
-        "model": str(path),
-        "imatrix": str(output),
-        "from": str(texts),
-        "tokens": importance.n_tokens,
-        "chunks": importance.n_chunks,
-        "entries": len(importance.entries),
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    row = {"model": str(path), "imatrix": str(output), "from": str(texts), "tokens": importance.n_tokens}
+    row |= {"chunks": importance.n_chunks, "entries": len(importance.entries)}
+    row |= {"seconds": round(time.monotonic() - started, 3)}
     if is_json:
         print(json.dumps(row, indent=2))
         return
@@ -149,12 +156,6 @@ def imatrix(
     if importance.reached_share < 1:
         missed = f"{1 - importance.reached_share:.1%} of the matrices"
         print(f"{missed} are of experts that saw no token and count evenly; give more text", file=sys.stderr)
-
-
-def _threads(settings: config.Config) -> int:
-    from ..runtime.llama import physical_cores
-
-    return settings.settings.threads or physical_cores()
 
 
 def _pairs(texts: list[str]) -> tuple[tuple[str, str], ...]:

@@ -13,7 +13,7 @@ from .store import find
 
 if TYPE_CHECKING:
     from ..quant.inspect import Report
-    from ..quant.source import Piece
+    from ..runtime.parts import Piece
 
 File = Annotated[
     str,
@@ -42,11 +42,11 @@ def inspect(
       localreason quant inspect model.gguf
       localreason quant inspect Qwen/Qwen3-8B-GGUF:Q4_K_M --json
     """
-    from ..quant.backend import backends
     from ..quant.inspect import inspect as report_on
+    from ..runtime.devices import backends
 
     settings = config.load(context.params)
-    report = report_on(_read(context, file, settings), settings.settings.cache_type, backends())
+    report = report_on(_read(context, file, settings), settings.settings.cache_type or "f16", backends())
     if is_json:
         print(json.dumps(asdict(report), indent=2))
         return
@@ -55,7 +55,7 @@ def inspect(
 
 
 def _read(context: typer.Context, reference: str, settings: config.Config) -> "list[Piece]":
-    from ..quant.source import read_local
+    from ..runtime.parts import read_local
     from .remote import PREFIX, read_published
 
     path = None if reference.startswith(PREFIX) else find(reference, settings.store)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,12 +14,13 @@ import typer
 
 from ..runtime.errors import InputError, ModelUnsupported, OutputError
 from . import build, checksum, config, problems
+from .quant_report import drift_lines, paired_lines
 from .render import safe
 
 if TYPE_CHECKING:
-    from ..quant.measure import Drift, Trace
+    from ..quant.measure import Drift
     from ..quant.paired import Comparison, Outcome
-    from ..runtime.llama import LlamaTokenizer
+    from ..runtime.llama import LlamaEngine, LlamaTokenizer
 
 SCHEMA = 1
 """Of the JSON that is written; a change of meaning gets a new number."""
@@ -36,6 +37,24 @@ Problems = Annotated[Path | None, typer.Option("--problems", help="Problems that
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Solve only the first problems of the file.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Write the result to this JSON file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@dataclass(frozen=True, slots=True)
+class _On:
+    """What the two are compared on. Raises a usage error."""
+
+    text: Path | None
+    traces: Path | None
+    n_tokens: int | None
+    n_context: int
+    problems: Path | None
+    limit: int | None
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.traces is None and self.problems is None:
+            raise typer.BadParameter("give a --text, --traces, or --problems to measure on", param_hint="measure")
+        if self.text is not None and self.traces is not None:
+            raise typer.BadParameter("give one of --text and --traces", param_hint="--text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +90,7 @@ def measure(
 ) -> None:
     """Measure what a quantised file, or a quantised cache, loses against a reference.
 
-    On a text or on reasoning traces: perplexity of both, KL divergence, same top token. On problems: accuracy and
-    thinking length, paired, with 95 % intervals.
+    On a text or on traces: perplexities, KL divergence, same top token. On problems: accuracy, thinking length.
 
     \b
     Examples:
@@ -80,30 +98,38 @@ def measure(
       localreason quant measure model.gguf model.gguf --cache-type-candidate q8_0 --traces results.jsonl
       localreason quant measure model-q8_0.gguf model-q4_k_m.gguf --problems math.jsonl --limit 100 --out q4.json
     """
-    if text is None and traces is None and problem_file is None:
-        raise typer.BadParameter("give a --text, --traces, or --problems to measure on", param_hint="measure")
-    if text is not None and traces is not None:
-        raise typer.BadParameter("give one of --text and --traces", param_hint="--text")
-    flags = {**context.params, "cluster": False}
-    sides = []
-    for name, kind in ((reference, "f16"), (candidate, cache_type_candidate)):
-        settings = config.load({**flags, "model": name, "cache_type": kind})
-        sides.append(Side(build.find_model(settings, build.wiring(context).hub), kind, settings))
+    sides = _sides(context, (reference, "f16"), (candidate, cache_type_candidate))
+    on = _On(text, traces, tokens, n_context, problem_file, limit)
     _check_out(out)
     record: dict[str, Any] = {"schema": SCHEMA, "reference": _describe(sides[0]), "candidate": _describe(sides[1])}
-    record |= {"on": None, "drift": None, "problems": None}
-    if text is not None or traces is not None:
-        record["on"], drift = _drift(sides, text, traces, tokens, n_context)
-        record["drift"] = asdict(drift)
-        _show(is_json, _drift_lines(drift))
-    if problem_file is not None:
-        record["on_problems"], comparison = _paired(build.wiring(context), sides, problem_file, limit)
-        record["problems"] = asdict(comparison)
-        _show(is_json, _paired_lines(comparison))
+    record |= _measure(build.wiring(context), sides, on, (lambda lines: None) if is_json else _show)
     record["versions"] = {name: version(name) for name in ("localreason", "llama-cpp-python")}
     _write(out, record)
     if is_json:
         print(json.dumps(record, indent=2, allow_nan=False))
+
+
+def _sides(context: typer.Context, *named: tuple[str, str]) -> list[Side]:
+    """The models of these names with these cache types."""
+    flags, sides = {**context.params, "cluster": False}, []
+    for name, kind in named:
+        settings = config.load({**flags, "model": name, "cache_type": kind})
+        sides.append(Side(build.find_model(settings, build.wiring(context).hub), kind, settings))
+    return sides
+
+
+def _measure(wiring: build.Wiring, sides: list[Side], on: "_On", show: Callable[[list[str]], None]) -> dict[str, Any]:
+    """What was measured on, and the results, each shown as soon as it is there."""
+    record: dict[str, Any] = {"on": None, "drift": None, "problems": None}
+    if on.text is not None or on.traces is not None:
+        record["on"], drift = _drift(sides, on)
+        record["drift"] = asdict(drift)
+        show(drift_lines(drift))
+    if on.problems is not None:
+        record["on_problems"], comparison = _paired(wiring, sides, on.problems, on.limit)
+        record["problems"] = asdict(comparison)
+        show(paired_lines(comparison))
+    return record
 
 
 def _describe(side: Side) -> dict[str, Any]:
@@ -120,64 +146,35 @@ def _describe(side: Side) -> dict[str, Any]:
     return row | {"scheme": known.scheme, "bits_per_weight": round(known.bits_per_weight, 4)}
 
 
-def _drift(
-    sides: list[Side], text: Path | None, traces: Path | None, n_most: int | None, n_context: int
-) -> "tuple[dict[str, Any], Drift]":
+def _drift(sides: list[Side], on: _On) -> "tuple[dict[str, Any], Drift]":
     """What was compared on, and the result."""
-    from ..quant.measure import check_vocabulary, compare, cut, read_traces
-    from ..runtime.llama import EngineOptions, load
+    from ..quant.measure import check_vocabulary, compare, cut
+    from ..quant.traces import read_text, read_traces, trace_encoder
 
-    source = text or traces
+    source = on.text or on.traces
     assert source is not None
-    data = _read(source)
-    found = read_traces(data, str(source)) if traces else data
+    data = read_text(source)
+    traces = read_traces(data, str(source)) if on.traces else []
     names = (sides[0].path.name, sides[1].path.name)
     with ExitStack() as stack:
-        engines, tokenizers = [], []
-        for side in sides:
-            chosen = side.settings.settings
-            engine, tokenizer = load(
-                side.path,
-                EngineOptions(
-                    n_context=n_context,
-                    n_sequences=1,
-                    n_threads=chosen.threads,
-                    n_gpu_layers=chosen.gpu_layers,
-                    cache_type=side.cache_type,
-                ),
-            )
-            stack.enter_context(engine)
-            engines.append(engine)
-            tokenizers.append(tokenizer)
+        (reference, tokenizer), (candidate, other) = [_open(side, on.n_context, stack) for side in sides]
         if not sides[0].path.samefile(sides[1].path):
-            check_vocabulary(tokenizers[0], tokenizers[1], names)
-        chunks = cut(_encode(tokenizers[0], found), tokenizers[0].prefix, n_context, n_most)
-        drift = compare(engines[0], engines[1], chunks, names, _progress(len(chunks)))
+            check_vocabulary(tokenizer, other, names)
+        encode_trace = trace_encoder(tokenizer)
+        tokens = [token for trace in traces for token in encode_trace(trace)] or tokenizer.encode(data)
+        chunks = cut(tokens, tokenizer.prefix, on.n_context, on.n_tokens)
+        drift = compare(reference, candidate, chunks, names, _progress(len(chunks)))
     row = {"name": source.name, "sha256": hashlib.sha256(data.encode()).hexdigest()}
-    return row | {"kind": "traces" if traces else "text", "n_tokens": drift.n_chunks * n_context}, drift
+    return row | {"kind": "traces" if traces else "text", "n_tokens": drift.n_chunks * on.n_context}, drift
 
 
-def _encode(tokenizer: "LlamaTokenizer", found: "str | list[Trace]") -> list[int]:
-    from ..quant.measure import encode_traces
-    from ..runtime.formats import detect
+def _open(side: Side, n_context: int, stack: ExitStack) -> "tuple[LlamaEngine, LlamaTokenizer]":
+    from ..runtime.llama import EngineOptions, load
 
-    if isinstance(found, str):
-        return tokenizer.encode(found)
-    return encode_traces(tokenizer, found, detect(tokenizer.chat_template, tokenizer.metadata))
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text("utf-8-sig")
-    except FileNotFoundError as error:
-        raise InputError(f"there is no file {path}; give a text in UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; give a text in UTF-8") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
-    if not text.strip():
-        raise InputError(f"{path} is empty; give a text of some hundred words or more")
-    return text
+    chosen = side.settings.settings
+    options = EngineOptions(n_context, 1, chosen.threads, chosen.gpu_layers, side.cache_type)
+    engine, tokenizer = load(side.path, options)
+    return stack.enter_context(engine), tokenizer
 
 
 def _paired(
@@ -233,40 +230,6 @@ def _progress(n_all: int, what: str = "chunks") -> Any:
     )
 
 
-def _drift_lines(drift: "Drift") -> list[str]:
-    low, high = drift.reference_perplexity, drift.candidate_perplexity
-    kl, top, change = drift.divergence, drift.same_top, drift.log_probability_difference
-    return [
-        f"scored tokens         {drift.n_scored} in {drift.n_chunks} chunks of {drift.n_context}",
-        f"perplexity            {low.value:.4f} ± {low.error:.4f} reference, {high.value:.4f} ± {high.error:.4f}",
-        f"KL divergence         {kl.value:.6f} ± {kl.error:.6f} nats; 99 % below {drift.divergence_p99:.4f}, "
-        f"largest {drift.divergence_max:.4f}",
-        f"same top token        {top.value:.2%} ± {top.error:.2%}",
-        f"log-probability       {change.value:+.6f} ± {change.error:.6f} nats a token",
-    ]
-
-
-def _paired_lines(found: "Comparison") -> list[str]:
-    lines = [f"problems              {found.n_problems}, {found.n_failed} left out"]
-    if found.accuracy is not None:
-        difference = found.accuracy
-        lines.append(
-            f"accuracy              {found.reference_accuracy:.1%} reference, {found.candidate_accuracy:.1%}; "
-            f"{difference.mean:+.1%} ({difference.low:+.1%} to {difference.high:+.1%})"
-        )
-        lines.append(
-            f"right in one only     {found.n_only_reference} reference, {found.n_only_candidate}; "
-            f"McNemar's p {found.mcnemar_p:.3g}"
-        )
-    length = found.thinking
-    lines.append(
-        f"thinking tokens       {found.reference_thinking:.0f} reference, {found.candidate_thinking:.0f}; "
-        f"{length.mean:+.1f} ({length.low:+.1f} to {length.high:+.1f})"
-    )
-    lines.append(f"not ended by itself   {found.reference_unfinished} reference, {found.candidate_unfinished}")
-    return lines
-
-
 def _check_out(out: Path | None) -> None:
     """Refuse now what could not be written after an hour."""
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
@@ -282,9 +245,8 @@ def _write(out: Path | None, record: dict[str, Any]) -> None:
         raise OutputError(f"{out} cannot be written: {error.strerror}; give another --out") from error
 
 
-def _show(is_json: bool, lines: list[str]) -> None:
-    if not is_json:
-        print("\n".join(lines), flush=True)
+def _show(lines: list[str]) -> None:
+    print("\n".join(lines), flush=True)
 
 
 def _tell(sentence: str) -> None:

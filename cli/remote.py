@@ -3,8 +3,9 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ..quant.source import Fetch, Piece, read_remote
+from ..quant.source import Fetch, read_remote
 from ..runtime.errors import ModelError, ModelNotFound
+from ..runtime.parts import Piece
 from .hub import Hub, mapped
 from .store import CATALOGUE, REFERENCE, choose_file
 

@@ -57,7 +57,7 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     n_threads = options.n_threads or physical_cores()
     if is_planned:
         devices, links = measure_machines(file, home, nodes, config)
-        costs = model_costs(file, n_context, options.cache_type, config.settings.row_type)
+        costs = model_costs(file, n_context, options.cache_type or "f16", config.settings.row_type)
         wish = Wish.of(options.n_busy, config.settings.disk, config.settings.rounds)
         place = planned(costs, {device.name: device for device in devices}, links, wish)
         if len(place([node.name for node in nodes]).windows) == 1:
@@ -75,7 +75,7 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
             n_context=n_context,
             n_sequences=options.n_sequences,
             n_threads=n_threads,
-            cache_type=options.cache_type,
+            cache_type=options.cache_type or "f16",
             row_type=config.settings.row_type,
             name=home.identity.name,
         ),

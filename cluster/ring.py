@@ -123,6 +123,12 @@ class RingEngine:
         return 2 * len({window.member for window in self.placement.windows})
 
     @property
+    def busy_seconds(self) -> dict[str, float]:
+        """What each node has computed since the ring was formed, as it said last; for any thread."""
+        formation = self._formation
+        return {name: member.busy_seconds for name, member in formation.members.items()} if formation else {}
+
+    @property
     def n_sent_bytes(self) -> int:
         """Bytes of weights that this formation's nodes had to be sent."""
         return self._ring.n_sent_bytes

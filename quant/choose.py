@@ -2,8 +2,10 @@
 
 The rules are our reading of "Quantization Hurts Reasoning?" (COLM 2025) for GGUF: 8-bit weights are the default; 4-bit
 weights cost about a point from 7B on and three to six at 1.5B; below 4 bits much is lost. The cache is 16-bit below 7B
-and 8-bit from there on, 4-bit from 14B only. A larger model at 4 bits comes before a smaller one at 16. Sizes are those
-that names speak of, parameters rounded to whole billions.
+and 8-bit from there on, 4-bit from 14B only. A larger model at 4 bits comes before a smaller one at 16. Hard tasks, and
+models trained by reinforcement, lose several times as much and get one class more bits: weights of 16 bits before 8,
+a warning of 4 at any size, a cache of 16 bits before 8, and none of 4. Sizes are those that names speak of, parameters
+rounded to whole billions.
 """
 
 import math
@@ -22,6 +24,8 @@ from .gguf import ModelFile
 SAME_SIZE = 1.5
 """Models of which one has less than this many times the other's parameters count as equally large."""
 _BILLION = 10**9
+_REINFORCED = re.compile(r"(?:^|[^a-z])qwq(?:[^a-z]|$)", re.IGNORECASE)
+"""Names of models that were trained by reinforcement and measured to lose more; of others nothing is known."""
 _BITS = re.compile(r"(?:^|[-._/])(?:UD-)?((?:BF|FP|F|I?Q|TQ|MXFP|NVFP)(\d+)(?:_[A-Z0-9]+)*)(?=[-.]|$)", re.IGNORECASE)
 
 
@@ -50,6 +54,8 @@ class Candidate:
     architecture: str
     cell_bytes: Mapping[str, float]
     n_context_train: int
+    is_reinforced: bool = False
+    """Trained by reinforcement, as far as the names tell."""
 
     @property
     def n_billions(self) -> int:
@@ -88,6 +94,19 @@ class Fit:
 
     n_context: int
     token_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What a file is to be taken for. `is_forced` admits what the rules refuse."""
+
+    n_context: int
+    is_forced: bool
+    is_hard: bool
+
+    def has_more(self, candidate: Candidate) -> bool:
+        """True where one class more bits is called for."""
+        return self.is_hard or candidate.is_reinforced
 
 
 class Room(Protocol):
@@ -147,7 +166,7 @@ def describe(file: ModelFile, name: str) -> Candidate:
     if not n_parameters or not weighed:
         raise ModelUnsupported(f"{file.path} has no matrices of weights; give a whole model")
     scheme = weighed.most_common(1)[0][0]
-    bits = find_scheme(scheme)
+    bits, title = find_scheme(scheme), file.header.values.get("general.name")
     return Candidate(
         name=name,
         n_bytes=n_bytes,
@@ -158,6 +177,7 @@ def describe(file: ModelFile, name: str) -> Candidate:
         architecture=file.architecture,
         cell_bytes={kind: cell_bytes(file.header.values, kind) for kind in CACHE_TYPES},
         n_context_train=file.n_context_train,
+        is_reinforced=any(_REINFORCED.search(text) for text in (name, file.path.name, title) if isinstance(text, str)),
     )
 
 
@@ -167,12 +187,15 @@ def rank(
     n_context: int,
     measured: Mapping[str, tuple[Measured, ...]] | None = None,
     is_forced: bool = False,
+    is_hard: bool = False,
 ) -> list[Option]:
-    """All candidates, the best first; `measured` by name. `is_forced` admits what the rules refuse."""
+    """All candidates, the best first; `measured` by name. `is_forced` admits what the rules refuse, `is_hard` means
+    hard tasks."""
     known = measured or {}
-    options = [_judge(candidate, room, n_context, known.get(candidate.name, ()), is_forced) for candidate in candidates]
+    wish = _Wish(n_context, is_forced, is_hard)
+    options = [_judge(candidate, room, wish, known.get(candidate.name, ())) for candidate in candidates]
     levels = _levels(options)
-    order = sorted(range(len(options)), key=lambda i: (options[i].verdict, *_preference(options[i], levels[i])))
+    order = sorted(range(len(options)), key=lambda i: (options[i].verdict, *_preference(options[i], levels[i], wish)))
     return [options[i] for i in order]
 
 
@@ -187,20 +210,22 @@ def _levels(options: list[Option]) -> dict[int, int]:
     return levels
 
 
-def _preference(option: Option, level: int) -> tuple[float, ...]:
-    """Larger models first, then 8 bits, then 16, then the more bits."""
+def _preference(option: Option, level: int, wish: _Wish) -> tuple[float, ...]:
+    """Larger models first, then 8 bits, then 16 (or 16 before 8), then the more bits."""
     candidate = option.candidate
-    order = 0 if candidate.n_bits == 8 else 1 if candidate.n_bits > 8 else 10 - candidate.n_bits
+    preferred = candidate.n_bits == 8 if not wish.has_more(candidate) else candidate.n_bits > 8
+    order = 0 if preferred else 1 if candidate.n_bits >= 8 else 10 - candidate.n_bits
     is_worse = any(one.is_worse(option.cache_type) for one in option.measured)
     return (level, is_worse, order, len(option.warnings), -candidate.n_parameters, candidate.n_bytes)
 
 
-def _judge(candidate: Candidate, room: Room, n_wanted: int, measured: tuple[Measured, ...], is_forced: bool) -> Option:
-    reasons, warnings, is_refused = _weights(candidate)
+def _judge(candidate: Candidate, room: Room, wish: _Wish, measured: tuple[Measured, ...]) -> Option:
+    n_wanted, is_forced, has_more = wish.n_context, wish.is_forced, wish.has_more(candidate)
+    reasons, warnings, is_refused = _weights(candidate, has_more)
     n_context = min(n_wanted, candidate.n_context_train)
     if n_context < n_wanted:
         warnings.append(f"it was trained for {n_context} tokens of context, not for {n_wanted}")
-    kinds = cache_types(candidate, is_forced)
+    kinds = cache_types(candidate, is_forced, has_more)
     fits = [(kind, room.fit(candidate, kind, n_context)) for kind in kinds]
     # The first type that holds all of it, else the one that holds most.
     kind, fit = next((pair for pair in fits if pair[1].n_context >= n_context), max(fits, key=lambda p: p[1].n_context))
@@ -210,7 +235,7 @@ def _judge(candidate: Candidate, room: Room, n_wanted: int, measured: tuple[Meas
         verdict = verdict if is_forced else Verdict.REFUSED
     if verdict is Verdict.SHORT:
         warnings.append(f"only {fit.n_context} of {n_context} tokens of context fit")
-    warnings += _cache_warnings(candidate, kind)
+    warnings += _cache_warnings(candidate, kind, has_more)
     if any(one.is_worse(kind) for one in measured):
         warnings.append("it was measured to answer worse than its reference, by more than chance")
     n_held = fit.n_context or n_context
@@ -220,7 +245,7 @@ def _judge(candidate: Candidate, room: Room, n_wanted: int, measured: tuple[Meas
     )
 
 
-def _weights(candidate: Candidate) -> tuple[list[str], list[str], str]:
+def _weights(candidate: Candidate, has_more: bool) -> tuple[list[str], list[str], str]:
     """Reasons, warnings, and why the weights are refused if they are."""
     bits, size = candidate.n_bits, candidate.n_billions
     if bits < 4:
@@ -231,6 +256,12 @@ def _weights(candidate: Candidate) -> tuple[list[str], list[str], str]:
         return ["8-bit weights are within about a point of 16-bit ones"], [], ""
     if bits > 4:
         return [f"{bits}-bit weights lie between 8 bits and 4, for which losses are known"], [], ""
+    if has_more:
+        return (
+            [],
+            ["4-bit weights cost hard tasks, and models trained by reinforcement, more than others; take 8 bits"],
+            "",
+        )
     if size >= 7:
         return ["4-bit weights cost about one point from 7B on"], [], ""
     if size >= 4:
@@ -238,22 +269,23 @@ def _weights(candidate: Candidate) -> tuple[list[str], list[str], str]:
     return [], ["4-bit weights cost 3 to 6 points at 1.5B"], ""
 
 
-def cache_types(candidate: Candidate, is_forced: bool = False) -> list[str]:
-    """Cache types that the rules allow, the preferred first."""
+def cache_types(candidate: Candidate, is_forced: bool = False, has_more: bool = False) -> list[str]:
+    """Cache types that the rules allow, the preferred first; `has_more` where one class more bits is called for."""
     size = candidate.n_billions
-    allowed = ["f16", "q8_0"] if size < 7 else ["q8_0"]
+    allowed = ["f16", "q8_0"] if size < 7 or has_more else ["q8_0"]
     is_small_qwen = candidate.architecture.startswith("qwen") and size < 7
     is_four = candidate.n_bits <= 4
-    if size >= 14 or (is_forced and not (is_small_qwen and is_four)):
+    if (size >= 14 and not has_more) or (is_forced and not (is_small_qwen and is_four)):
         allowed.append("q4_0")
     return allowed if any(candidate.cell_bytes.values()) else ["f16"]  # a recurrent model has no such cache
 
 
-def _cache_warnings(candidate: Candidate, kind: str) -> list[str]:
+def _cache_warnings(candidate: Candidate, kind: str, has_more: bool) -> list[str]:
     if kind == "q4_0":
         if candidate.n_billions < 14:
             return ["a 4-bit cache is near-lossless from 14B on only"]
         return ["a 4-bit cache, since an 8-bit one does not fit"]
-    if kind == "q8_0" and candidate.n_billions < 7:
-        return ["an 8-bit cache, since a 16-bit one, the rule below 7B, does not fit"]
+    if kind == "q8_0" and (candidate.n_billions < 7 or has_more):
+        rule = "below 7B" if candidate.n_billions < 7 else "for hard tasks and models trained by reinforcement"
+        return [f"an 8-bit cache, since a 16-bit one, the rule {rule}, does not fit"]
     return []

@@ -10,22 +10,18 @@ import numpy as np
 from ..runtime.cache import Cache
 from ..runtime.engine import Span
 from ..runtime.errors import DecodeFailed, InputError, ModelUnsupported
-from ..runtime.formats import ThinkingFormat
 from ..runtime.llama import LlamaTokenizer
 from ..runtime.native import Model, library
-from ..runtime.prompt import Prompter, encode
 from ..runtime.room import available_bytes, cell_bytes, check_room
-from ..runtime.template import Part
 from .activations import Squares
 from .gguf import ModelFile
 from .imatrix import Entry, Importance
-from .measure import Trace, read_traces
+from .traces import Trace, trace_encoder
 
 CHUNK_TOKENS = 512
 """What llama-imatrix takes, too."""
 _N_BATCH = 128
 _ALL_LAYERS = 10_000
-_PIECE_CHARACTERS = 1 << 16
 
 
 def collect(
@@ -100,51 +96,16 @@ def _importance(squares: Squares, n_tokens: int, n_chunk: int, dataset: str) -> 
     return Importance(entries, -(-n_tokens // n_chunk), n_chunk, dataset, n_tokens)
 
 
-def _encode(trace: Trace, prompter: Prompter, format: ThinkingFormat, tokenizer: LlamaTokenizer) -> list[int]:
-    """What the model saw and wrote: prompt where it is known, thinking between its marks, answer."""
-    prompt, tail = list(tokenizer.prefix), ""
-    if trace.problem:
-        made = prompter.prompt(trace.problem, format)
-        prompt, tail = made.tokens, made.tail
-    is_open = any(mark in tail for mark in format.opens)
-    parts = [Part(trace.text, False)]
-    if trace.thinking or is_open:
-        parts = [Part(trace.thinking, False), Part(format.close, True), *parts]
-        if not is_open:
-            parts.insert(0, Part(format.open, True))
-    reply = encode([part for part in parts if part.text], tokenizer, format)
-    return prompt + reply[len(tokenizer.prefix) :]
-
-
 def _chunks(
     documents: Iterable[Trace] | Iterable[str], tokenizer: LlamaTokenizer, n_chunk: int, n_tokens: int | None
 ) -> Iterator[list[int]]:
     """Tokens by chunks, each beginning as a prompt of the model does."""
-    prompter = Prompter(tokenizer, tokenizer)
-    format, prefix, n_left = prompter.format(None, True), tokenizer.prefix, n_tokens
+    encode_trace, prefix, n_left = trace_encoder(tokenizer), tokenizer.prefix, n_tokens
     for document in documents:
-        if isinstance(document, Trace):
-            tokens = _encode(document, prompter, format, tokenizer)[len(prefix) :]
-        else:
-            tokens = tokenizer.encode(document)
+        tokens = encode_trace(document) if isinstance(document, Trace) else tokenizer.encode(document)
         left = iter(tokens if n_left is None else tokens[:n_left])
         while body := list(islice(left, n_chunk - len(prefix))):
             yield prefix + body
             n_left = None if n_left is None else n_left - len(body)
         if n_left == 0:
             return
-
-
-def read_documents(path: Path) -> list[Trace] | list[str]:
-    """The replies of a results file (`.jsonl`), or a text in pieces for the tokenizer. Raises InputError."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; check its name") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
-    if path.suffix.lower() == ".jsonl":
-        return read_traces(text, str(path))
-    if not text.strip():
-        raise InputError(f"{path} is empty; give a text of some thousand words")
-    return [text[i : i + _PIECE_CHARACTERS] for i in range(0, len(text), _PIECE_CHARACTERS)]

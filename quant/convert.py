@@ -19,11 +19,11 @@ from pathlib import Path
 import psutil
 
 from ..runtime.errors import EngineError, OutputError
+from ..runtime.schemes import FTYPES, SCHEMES, find_file_type
 from .gguf import ModelFile, Tensor, padded
 from .imatrix import Importance, read_importance
 from .job import Job, run_job
 from .request import LONGEST_VALUE, Request, check_importance, check_source, check_types, find_type
-from .schemes import FTYPES, SCHEMES, find_file_type
 
 _PREFIX = "localreason.convert."
 _PART = re.compile(r"\..+\.(\d+)\.localreason-part")

@@ -5,16 +5,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..runtime.devices import CPU, Backend
 from ..runtime.errors import ModelBroken
 from ..runtime.formats import detect
 from ..runtime.header import Header, TensorEntry, check_header
+from ..runtime.memory import is_cache_possible, is_tied, scheme_of, tensor_bytes, token_bytes, weights_bytes
 from ..runtime.native import CACHE_TYPES
+from ..runtime.parts import Piece, join
 from ..runtime.precision import Precision, advice
-from .backend import CPU, Backend, effective
+from ..runtime.schemes import FILE_TYPES, MAIN_SCHEMES, SCHEMES
+from .backend import effective
 from .gguf import ARCHITECTURES
-from .memory import is_cache_possible, is_tied, scheme_of, tensor_bytes, token_bytes, weights_bytes
-from .schemes import FILE_TYPES, MAIN_SCHEMES, SCHEMES
-from .source import Piece, join
 
 _N_TOKENS = 1000
 """Of which the cache is told."""

@@ -9,9 +9,8 @@ which alone was seen to give a divergence of 0.002 to 0.005 nats on a model of 1
 below that is not the candidate's doing.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 
 from ..runtime.engine import Engine, Logits, Span
 from ..runtime.errors import InputError, ModelBroken, ModelUnsupported
-from ..runtime.formats import ThinkingFormat
 from ..runtime.tokenizer import Tokenizer
 
 _N_BLOCK = 1 << 22
@@ -59,54 +57,6 @@ class Drift:
     """Share of positions at which both hold the same token for the likeliest."""
     log_probability_difference: Mean
     """The candidate's log-probability of the text's token less the reference's; negative is worse."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """One reply with its thinking."""
-
-    problem: str
-    thinking: str
-    text: str
-
-
-def read_traces(data: str, name: str) -> list[Trace]:
-    """The replies in a results file of `localreason solve` or `eval`, those that failed apart. Raises InputError."""
-    found = []
-    for number, line in enumerate(data.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if number == 1 and "header" in row:  # of an evaluation
-                continue
-            parts = [row.get("problem") or "", row["thinking"], row["text"]]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(
-                f"{name} line {number} is not a result with `thinking` and `text`; "
-                f"give a file that `localreason solve -o` wrote"
-            ) from error
-        if not all(isinstance(part, str) for part in parts):
-            raise InputError(f"{name} line {number} has a `thinking` or `text` that is no text; correct it")
-        if parts[1] or parts[2]:
-            found.append(Trace(*parts))
-    if not found:
-        raise InputError(f"{name} holds no reply with a text; give results of problems that were solved")
-    return found
-
-
-def encode_traces(tokenizer: Tokenizer, traces: Iterable[Trace], format: ThinkingFormat) -> list[int]:
-    """Token ids of replies one after another, the marks of the thinking as the model's own tokens."""
-    tokens: list[int] = []
-    for trace in traces:
-        if trace.problem:
-            tokens += tokenizer.encode(f"{trace.problem}\n\n")
-        if trace.thinking:
-            tokens += tokenizer.encode(format.open, special=True) if format.open else []
-            tokens += tokenizer.encode(trace.thinking)
-            tokens += tokenizer.encode(format.close or "\n\n", special=True)
-        tokens += tokenizer.encode(f"{trace.text}\n\n")
-    return tokens
 
 
 def cut(tokens: list[int], prefix: list[int], n_context: int, n_most: int | None = None) -> list[list[int]]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import InputError, ModelUnsupported
+from ..runtime.schemes import SCHEMES, find_file_type
 from .gguf import ALIGNMENT, ModelFile
 from .imatrix import Importance
-from .schemes import SCHEMES, find_file_type
 
 _INTERNAL = ("Q8_1", "Q8_K", "F64", "I8", "I16", "I32", "I64")
 """Types that llama.cpp computes with and does not write."""

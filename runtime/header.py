@@ -129,6 +129,8 @@ class _Reader:
         if not 1 <= n_dimensions <= 4:
             raise _Damage(f"the tensor {name!r} has {n_dimensions} dimensions")
         shape = tuple(self.number("Q") for _ in range(n_dimensions))
+        if not all(shape):
+            raise _Damage(f"the tensor {name!r} has the shape {shape}")
         return TensorEntry(name, shape, self.number("I"), self.number("Q"))
 
     def value(self, kind: int, key: str) -> tuple[Any, int]:

@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 import psutil
 
+from . import devices
 from .cache import Cache
 from .engine import Batch, Logits
 from .errors import InputError, OutOfMemory, StateError
+from .fit import Fit, Free, Wish, fit
+from .grammar import Grammar
+from .header import Header, check_header
+from .memory import repacked_schemes
 from .native import CACHE_TYPES, Model, library
-from .room import Memory, available_bytes, cell_bytes, check_room, fitting_cells
+from .parts import join, read_local
+from .room import Memory, available_bytes, cell_bytes
 from .state import fingerprint, read_state, write_state
 
 _ALL_LAYERS = 10_000
@@ -22,14 +28,15 @@ _N_CONTEXT_UNKNOWN = 4096
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How a file is opened. None takes what fits: a context for the free memory, the physical cores that this process
-    may use, all layers on a GPU if there is one, batches of 128 tokens or 512 with a GPU. Raises InputError."""
+    """How a file is opened. None takes what fits: a context for the free memory, a cache of f16, or of q8_0 where f16
+    does not hold what is needed, the physical cores that this process may use, as many layers on a GPU as it holds,
+    batches of 128 tokens or 512 with a GPU. Raises InputError."""
 
     n_context: int | None = None
     n_sequences: int = 8
     n_threads: int | None = None
     n_gpu_layers: int | None = None
-    cache_type: str = "f16"
+    cache_type: str | None = None
     n_batch: int | None = None
     use_mmap: bool = True
     n_needed: int | None = None
@@ -38,7 +45,7 @@ class EngineOptions:
     """Sequences that will usually decode at once: what a ring is planned for."""
 
     def __post_init__(self) -> None:
-        if self.cache_type not in CACHE_TYPES:
+        if self.cache_type is not None and self.cache_type not in CACHE_TYPES:
             raise InputError(f"cache_type is {self.cache_type!r}; give one of {', '.join(CACHE_TYPES)}")
         for name, low, high in (
             ("n_context", 16, 1 << 24),
@@ -82,6 +89,10 @@ class LlamaTokenizer:
     def is_end(self, token: int) -> bool:
         return token in self._ends
 
+    def grammar(self, rules: str) -> Grammar:
+        """The state of one text in a grammar over this vocabulary. Raises InputError."""
+        return Grammar(self._model.vocabulary, self.n_vocab, self.piece, rules)
+
     @property
     def metadata(self) -> dict[str, str]:
         """All scalar metadata of the file as text."""
@@ -103,23 +114,27 @@ class LlamaTokenizer:
 
 
 class LlamaEngine:
-    """A GGUF file's model and cache as an `Engine`; a context manager. Made by `load`."""
+    """A GGUF file's model and cache as an `Engine`; a context manager. Made by `load`.
 
-    def __init__(self, model: Model, options: EngineOptions) -> None:
+    `notes` are sentences on what was reduced to fit into the memory.
+    """
+
+    def __init__(self, model: Model, options: EngineOptions, fitted: Fit) -> None:
         self._model = model
         self.path = model.path
         self.architecture = str(model.header.get("general.architecture", ""))
         self.n_context_train = model.n_context_train or _N_CONTEXT_UNKNOWN
         self.can_rewind = not model.is_recurrent
         self.n_vocab = model.n_vocab
-        self._cache = _open_cache(model, options, self.n_context_train)
+        self._cache = _open_cache(model, options, fitted)
+        self.notes = fitted.notes
         self._rows: Logits = np.empty((0, model.n_vocab), np.float32)
         self.n_sequences = options.n_sequences
         self.n_batch = self._cache.n_batch
         self.n_context = self._cache.n_context
         self.n_context_sequence = min(self.n_context, self.n_context_train)
-        per_cell = cell_bytes(model.header, options.cache_type)
-        self.memory = Memory(model.n_bytes, int(per_cell * self.n_context), self.n_context, options.cache_type)
+        per_cell = cell_bytes(model.header, fitted.cache_type)
+        self.memory = Memory(model.n_bytes, int(per_cell * self.n_context), self.n_context, fitted.cache_type)
 
     @property
     def context(self) -> Any:
@@ -189,11 +204,14 @@ class LlamaEngine:
 
 def load(path: Path, options: EngineOptions | None = None) -> tuple[LlamaEngine, LlamaTokenizer]:
     """Open a GGUF file; closing the engine frees both. Raises ModelError, OutOfMemory."""
-    options = _complete(options or EngineOptions())
-    model = Model(Path(path), options.n_gpu_layers or 0, options.use_mmap)
+    path, options = Path(path), _complete(options or EngineOptions())
+    header = join(read_local(path))
+    check_header(header.values, path)
+    fitted = _fit(header, options)
+    model = Model(path, fitted.n_gpu_layers, options.use_mmap, header=header.values)
     try:
         tokenizer = LlamaTokenizer(model)
-        return LlamaEngine(model, options), tokenizer
+        return LlamaEngine(model, options, fitted), tokenizer
     except BaseException:
         model.close()
         raise
@@ -210,40 +228,50 @@ def load_tokenizer(path: Path) -> LlamaTokenizer:
 
 
 def _complete(options: EngineOptions) -> EngineOptions:
-    """The options with all but the context decided."""
-    has_gpu = library().llama_supports_gpu_offload()
-    n_gpu_layers = _ALL_LAYERS if options.n_gpu_layers is None else options.n_gpu_layers
-    n_gpu_layers = n_gpu_layers if has_gpu else 0
-    n_batch = options.n_batch or (_N_BATCH_GPU if n_gpu_layers else _N_BATCH_CPU)
+    """The options with batch and threads decided, and no layers for a GPU that is not there."""
+    has_gpu = library().llama_supports_gpu_offload() and options.n_gpu_layers != 0
+    n_batch = options.n_batch or (_N_BATCH_GPU if has_gpu else _N_BATCH_CPU)
     return replace(
         options,
-        n_gpu_layers=n_gpu_layers,
+        n_gpu_layers=options.n_gpu_layers if has_gpu else 0,
         n_batch=max(n_batch, options.n_sequences),
         n_threads=options.n_threads or physical_cores(),
     )
 
 
-def _open_cache(model: Model, options: EngineOptions, n_context_train: int) -> Cache:
-    """The cache as asked for, or the largest that fits and that the sequences can use."""
-    per_cell, n_cells = cell_bytes(model.header, options.cache_type), options.n_context
-    is_on_host = not options.n_gpu_layers
-    if n_cells is None:
-        # Mapped weights are no memory taken yet, so they still count against what is free.
-        free = available_bytes()
-        n_wanted = min(n_context_train * options.n_sequences, options.n_needed or 1 << 24)
-        n_cells = fitting_cells(-(-n_wanted // 256) * 256, per_cell, model.n_bytes, free)
-    elif is_on_host:
-        check_room(n_cells, per_cell, available_bytes())
+def _fit(header: Header, options: EngineOptions) -> Fit:
+    """What the memory that is free now holds of the options. Raises OutOfMemory, ModelUnsupported."""
+    gpu = devices.gpu_memory() if options.n_gpu_layers != 0 else None
+    free = Free(available_bytes())
+    if gpu is not None:
+        free = Free(free.host_bytes, gpu.free_bytes, gpu.n_devices, gpu.is_shared)
+    n_train = header.values.get(f"{header.values.get('general.architecture')}.context_length")
+    wish = Wish(
+        options.n_context,
+        n_train if isinstance(n_train, int) and n_train > 0 else _N_CONTEXT_UNKNOWN,
+        options.n_needed,
+        options.cache_type,
+        _ALL_LAYERS if options.n_gpu_layers is None and gpu is None else options.n_gpu_layers,
+        options.n_batch or 1,
+        options.n_sequences,
+        options.use_mmap,
+    )
+    return fit(header, wish, free, repacked_schemes(devices.cpu_features()))
+
+
+def _open_cache(model: Model, options: EngineOptions, fitted: Fit) -> Cache:
+    """The cache as it was found to fit; a smaller one where a GPU has less than it said, and the size is ours."""
+    n_cells = fitted.n_context
     while True:
         try:
             cache = Cache(
-                model, n_cells, options.n_sequences, options.n_batch or 1, options.n_threads or 1, options.cache_type
+                model, n_cells, options.n_sequences, options.n_batch or 1, options.n_threads or 1, fitted.cache_type
             )
             break
         except OutOfMemory:
             if options.n_context is not None or n_cells <= _N_CONTEXT_UNKNOWN:
                 raise
-            n_cells //= 2  # what is free on a GPU is not known here
+            n_cells //= 2
     cache.warm(0)
     return cache
 

@@ -173,11 +173,12 @@ class Model:
         use_mmap: bool = True,
         vocab_only: bool = False,
         is_window: bool = False,
+        header: dict[str, Any] | None = None,
     ) -> None:
-        """`is_window` opens a part of a model, which has no vocabulary. Raises ModelNotFound, ModelBroken,
-        ModelUnsupported or OutOfMemory."""
+        """`is_window` opens a part of a model, which has no vocabulary; `header` are the file's values where they were
+        read before. Raises ModelNotFound, ModelBroken, ModelUnsupported or OutOfMemory."""
         self.path = path
-        self.header = read_header(path)
+        self.header = read_header(path) if header is None else header
         check_header(self.header, path)
         lib = self._lib = library()
         parameters = lib.llama_model_default_params()
@@ -222,6 +223,11 @@ class Model:
         if not self._pointer:
             raise EngineError(f"{self.path} is closed; open it again")
         return self._pointer
+
+    @property
+    def vocabulary(self) -> Any:
+        """The llama_vocab. Raises EngineError once it is freed."""
+        return self._vocab if self.pointer else None
 
     @property
     def is_recurrent(self) -> bool:

@@ -1,5 +1,7 @@
 """The advisor's rules: which file comes first, which is refused, which cache goes with it."""
 
+from dataclasses import replace
+
 import pytest
 
 from localreason.quant.advice import explain
@@ -192,3 +194,30 @@ def test_a_file_is_described_by_its_tensors(tiny_model, tmp_path):
     recurrent = describe(ModelFile(write_model(tmp_path / "mamba.gguf", "mamba")), "mamba")
     assert cache_types(recurrent) == ["f16"]
     assert Machine(GIB).fit(recurrent, "f16", 1000).n_context == 1000
+
+
+def test_hard_tasks_get_one_class_more_bits():
+    files = [candidate(8, scheme) for scheme in ("F16", "Q4_K_M", "Q8_0")]
+    assert names(ranked(64, *files)) == ["m8-Q8_0", "m8-F16", "m8-Q4_K_M"]
+    found = ranked(64, *files, is_hard=True)
+    assert names(found) == ["m8-F16", "m8-Q8_0", "m8-Q4_K_M"]
+    assert [option.cache_type for option in found] == ["f16", "f16", "f16"]
+    assert "hard tasks" in found[2].warnings[0]
+    assert ranked(64, candidate(8, "Q4_K_M"))[0].warnings == ()
+
+
+def test_hard_tasks_get_no_four_bit_cache_and_are_told_of_eight_bits():
+    large = candidate(32, "Q8_0")
+    assert cache_types(large) == ["q8_0", "q4_0"]
+    assert cache_types(large, has_more=True) == ["f16", "q8_0"]
+    needed = (large.n_bytes + 0.7 * large.cell_bytes["f16"] * 32768) / GIB + 0.5
+    [option] = ranked(needed, large, n_context=32768, is_hard=True)
+    assert (option.cache_type, option.verdict) == ("q8_0", Verdict.FITS)
+    assert "hard tasks" in option.warnings[0]
+
+
+def test_a_model_trained_by_reinforcement_is_known_by_its_name(tmp_path):
+    assert describe(ModelFile(write_model(tmp_path / "QwQ-32B-Q8_0.gguf")), "x").is_reinforced
+    assert not describe(ModelFile(write_model(tmp_path / "qwen3.gguf")), "aqwqa").is_reinforced
+    files = [replace(candidate(32, scheme), is_reinforced=True) for scheme in ("Q8_0", "F16")]
+    assert names(ranked(256, *files)) == ["m32-F16", "m32-Q8_0"]

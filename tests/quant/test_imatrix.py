@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from localreason.cli.main import ExitCode, main
-from localreason.quant.collect import CHUNK_TOKENS, collect, read_documents
+from localreason.quant.collect import CHUNK_TOKENS, collect
 from localreason.quant.gguf import ModelFile
 from localreason.quant.imatrix import Entry, Importance, read_importance, write_importance
-from localreason.quant.measure import Trace
+from localreason.quant.traces import Trace, read_documents
 from localreason.runtime.errors import DecodeFailed, InputError
 from localreason.runtime.llama import load_tokenizer
 from tests.gguf_models import N_EMBD, write_model

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 
 from localreason.cli.main import ExitCode, main
-from localreason.quant.backend import Backend, backends, cpu_features, effective
+from localreason.quant.backend import effective
 from localreason.quant.inspect import Report, inspect
-from localreason.quant.schemes import FTYPES, SCHEMES
-from localreason.quant.source import part_names, read_local, read_remote
+from localreason.quant.source import read_remote
+from localreason.runtime.devices import Backend, backends, cpu_features
 from localreason.runtime.errors import ModelBroken, ModelNotFound, ModelUnsupported
 from localreason.runtime.header import read_table
+from localreason.runtime.parts import part_names, read_local
 from localreason.runtime.room import cell_bytes
+from localreason.runtime.schemes import FTYPES, SCHEMES
 from tests import gguf_models
 from tests.gguf_models import write_model
 

@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 
 from localreason.quant.measure import (
-    Trace,
     check_vocabulary,
     compare,
     cut,
-    encode_traces,
     log_softmax,
-    read_traces,
     score_rows,
 )
+from localreason.quant.traces import Trace, read_traces
 from localreason.runtime.errors import InputError, ModelBroken, ModelUnsupported
-from localreason.runtime.formats import FORMATS
 from localreason.runtime.llama import EngineOptions, load
 from tests.fakes import ByteTokenizer, ScriptedEngine
 from tests.gguf_models import write_model
@@ -132,16 +129,11 @@ def test_another_vocabulary_is_refused_with_the_first_difference():
         check_vocabulary(plain, ByteTokenizer(["one"]), ("a", "b"))
 
 
-def test_traces_hold_the_marks_of_thinking_as_tokens_and_those_within_a_text_as_text():
-    tokenizer = ByteTokenizer()
-    tokens = encode_traces(tokenizer, [Trace("Why?", "So </think>", "Thus")], FORMATS["think"])
-    assert tokenizer.text(tokens) == "Why?\n\n<think>\nSo </think>\n</think>\n\nThus\n\n"
-    assert [token for token in tokens if token > 255] == [257, 258]
-
-
 def test_results_of_solve_are_read_and_anything_else_is_refused_by_its_line():
     rows = [{"thinking": "t", "text": "a", "id": "1"}, {"thinking": "", "text": "", "error": "too long"}]
     assert read_traces("\n".join(map(json.dumps, rows)), "r.jsonl") == [Trace("", "t", "a")]
+    evaluated = [{"schema": 1, "header": {"task": "x"}}, {"problem": "p", "thinking": "t", "text": "a"}]
+    assert read_traces("\n".join(map(json.dumps, evaluated)), "r.jsonl") == [Trace("p", "t", "a")]
     bad = {"{": "line 1", "[1]": "line 1", '{"thinking": 3, "text": ""}': "no text", json.dumps(rows[1]): "no reply"}
     for text, reason in bad.items():
         with pytest.raises(InputError, match=reason):

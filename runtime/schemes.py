@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..runtime.errors import InputError
+from .errors import InputError
 
 
 @dataclass(frozen=True, slots=True)

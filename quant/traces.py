@@ -1,0 +1,93 @@
+"""Texts that a model is measured or calibrated on: its own replies with their thinking, or any text."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..runtime.errors import InputError
+from ..runtime.llama import LlamaTokenizer
+from ..runtime.prompt import Prompter, encode
+from ..runtime.template import Part
+
+_PIECE_CHARACTERS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One reply with its thinking. `problem` is empty where it is not known."""
+
+    problem: str
+    thinking: str
+    text: str
+
+
+def read_traces(data: str, name: str) -> list[Trace]:
+    """The replies in a results file of `localreason solve` or `eval`, those that failed apart. Raises InputError."""
+    found = []
+    for number, line in enumerate(data.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "header" in row:  # of an evaluation
+                continue
+            parts = [row.get("problem") or "", row["thinking"], row["text"]]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{name} line {number} is not a result with `thinking` and `text`; "
+                f"give a file that `localreason solve -o` wrote"
+            ) from error
+        if not all(isinstance(part, str) for part in parts):
+            raise InputError(f"{name} line {number} has a `thinking` or `text` that is no text; correct it")
+        if parts[1] or parts[2]:
+            found.append(Trace(*parts))
+    if not found:
+        raise InputError(f"{name} holds no reply with a text; give results of problems that were solved")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """A text that is not empty. Raises InputError."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}; give a text in UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; give a text in UTF-8") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
+    if not text.strip():
+        raise InputError(f"{path} is empty; give a text of some hundred words or more")
+    return text
+
+
+def read_documents(path: Path) -> list[Trace] | list[str]:
+    """The replies of a results file (`.jsonl`), or a text in pieces for the tokenizer. Raises InputError."""
+    text = read_text(path)
+    if path.suffix.lower() == ".jsonl":
+        return read_traces(text, str(path))
+    return [text[i : i + _PIECE_CHARACTERS] for i in range(0, len(text), _PIECE_CHARACTERS)]
+
+
+def trace_encoder(tokenizer: LlamaTokenizer) -> Callable[[Trace], list[int]]:
+    """A function that gives what the model saw and wrote: prompt where it is known, thinking between its marks,
+    answer; without what every prompt begins with."""
+    prompter, n_prefix = Prompter(tokenizer, tokenizer), len(tokenizer.prefix)
+    format = prompter.format(None, True)
+
+    def encode_trace(trace: Trace) -> list[int]:
+        prompt, tail = list(tokenizer.prefix), ""
+        if trace.problem:
+            made = prompter.prompt(trace.problem, format)
+            prompt, tail = made.tokens, made.tail
+        is_open = any(mark in tail for mark in format.opens)
+        parts = [Part(trace.text, False)]
+        if trace.thinking or is_open:
+            parts = [Part(trace.thinking, False), Part(format.close, True), *parts]
+            if not is_open:
+                parts.insert(0, Part(format.open, True))
+        reply = encode([part for part in parts if part.text], tokenizer, format)
+        return prompt[n_prefix:] + reply[n_prefix:]
+
+    return encode_trace
