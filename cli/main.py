@@ -48,6 +48,7 @@ _CODES: tuple[tuple[type[LocalReasonError], ExitCode], ...] = (
 
 GROUPS: dict[str, tuple[str, str]] = {
     "solve": ("solve", "Solve a question, or all problems of a file."),
+    "serve": ("serve", "Serve an OpenAI-compatible API on this machine."),
     "eval": ("eval", "Compare configurations on a task: accuracy for tokens and time."),
     "trace": ("trace", "Show one solved problem step by step."),
     "bench": ("bench", "Measure speed, memory and the controls' overhead."),

@@ -1,0 +1,191 @@
+"""Time to first token and tokens per second of `localreason serve` against the bare loop at the same batch size.
+
+    python bench/serve.py MODEL.gguf [--clients 1 4 16] [--tokens 96] [--runs 5] [--out bench/results/serve-NAME.json]
+
+The bare loop is llama_decode over a batch of as many sequences and an argmax of each row, in the same process over the
+same context and weights; the server is a real one on loopback, and its clients, in a process of their own, stream over
+HTTP. Both have the same prompt and end after the same number of tokens; runs of the two are interleaved. What counts is
+the ratio of the medians of tokens per second of the decode, from the first token of the last client to the last token
+of the first. The last line is JSON.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from record import describe_run
+
+from localreason.cli.server_app import Access
+from localreason.cli.server_runner import Runner
+from localreason.cli.server_schema import Limits
+from localreason.cli.server_stop import Server
+from localreason.runtime.controls import combine
+from localreason.runtime.engine import Span
+from localreason.runtime.llama import EngineOptions
+from localreason.runtime.model import Model, Recipe
+
+TEXT = "Think about this step by step: a farmer has 17 sheep, buys 5 more and sells a third of all of them. "
+
+
+class Endless:
+    """A tokenizer without ends of generation, so that every reply has the same number of tokens."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def is_end(self, token):
+        return False
+
+
+def bare(engine, prompt, n_clients, n_tokens):
+    """Tokens per second of all sequences, and seconds to the first token of all."""
+    start = time.perf_counter()
+    for i in range(0, len(prompt), engine.n_batch):
+        part = prompt[i : i + engine.n_batch]
+        rows = engine.decode([Span(0, i, part)])
+    for i in range(1, n_clients):
+        engine.fork(0, i, len(prompt) - 1)
+    if n_clients > 1:
+        engine.rewind(0, len(prompt) - 1)
+        rows = engine.decode([Span(i, len(prompt) - 1, prompt[-1:]) for i in range(n_clients)])
+    tokens = [int(i) for i in np.argmax(rows, axis=1)]
+    first = time.perf_counter()
+    for n in range(n_tokens - 1):
+        rows = engine.decode([Span(i, len(prompt) + n, [token]) for i, token in enumerate(tokens)])
+        tokens = [int(i) for i in np.argmax(rows, axis=1)]
+    seconds = time.perf_counter() - first
+    for i in range(n_clients):
+        engine.rewind(i, 0)
+    return n_clients * (n_tokens - 1) / seconds, first - start
+
+
+async def one_client(port, body):
+    """Times of the first and the last token, with the number of tokens; no library between the socket and the clock."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n"
+    start = time.perf_counter()
+    writer.write(head.encode() + b"\r\n" + body)
+    first = last = 0.0
+    n_tokens = 0
+    while line := await reader.readline():
+        if line.startswith(b"data: {"):
+            now = time.perf_counter()
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise SystemExit(chunk["error"]["message"])
+            if any(choice["text"] for choice in chunk["choices"]):
+                first, last = first or now, now
+            n_tokens = (chunk.get("usage") or {}).get("completion_tokens", n_tokens)
+        elif line.startswith(b"data: [DONE]"):
+            break
+    writer.close()
+    return start, first, last, n_tokens
+
+
+def clients(port, n_clients, n_tokens):
+    """Run in a process of its own: JSON of tokens per second and of each client's seconds to its first token."""
+    body = {"prompt": TEXT, "max_tokens": n_tokens, "temperature": 0, "stream": True}
+    data = json.dumps({**body, "stream_options": {"include_usage": True}}).encode()
+
+    async def run():
+        return await asyncio.gather(*(one_client(port, data) for _ in range(n_clients)))
+
+    rows = asyncio.run(run())
+    begun, ended = min(row[1] for row in rows), max(row[2] for row in rows)
+    n = sum(row[3] - 1 for row in rows)
+    print(json.dumps({"rate": n / (ended - begun), "first": [row[1] - row[0] for row in rows], "n": n + n_clients}))
+
+
+@contextlib.contextmanager
+def served(model, n_clients, n_tokens):
+    """The port of a server over the model, which is free again afterwards."""
+    limits = Limits(Recipe(combine("safe", [])), n_tokens, n_tokens, "safe", (), n_clients, model.engine.n_vocab)
+    runner = Runner(model, n_clients, n_clients)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Server(runner, limits, Access(), 1.0)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def ask(port, n_clients, n_tokens):
+    command = [
+        sys.executable,
+        __file__,
+        "-",
+        "--port",
+        str(port),
+        "--clients",
+        str(n_clients),
+        "--tokens",
+        str(n_tokens),
+    ]
+    reply = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert reply["n"] == n_clients * n_tokens, "a reply was shorter than asked for"
+    return reply["rate"], statistics.median(reply["first"])
+
+
+def measure(path, n_clients, n_tokens, n_runs, n_threads):
+    options = EngineOptions(n_context=(n_tokens + 64) * (n_clients + 1), n_sequences=n_clients + 1, n_threads=n_threads)
+    with Model.open(path, options) as model:
+        model.tokenizer = Endless(model.tokenizer)
+        prompt = model.text_prompt(TEXT).tokens
+        bare(model.engine, prompt, n_clients, 8)
+        runs = []
+        for i in range(n_runs + 1):
+            one = bare(model.engine, prompt, n_clients, n_tokens)
+            with served(model, n_clients, n_tokens) as port:
+                other = ask(port, n_clients, n_tokens)
+            if i:  # the first is the warm-up
+                runs.append((*one, *other))
+    bare_rate, bare_first, rate, first = (statistics.median(values) for values in zip(*runs, strict=True))
+    return {
+        "clients": n_clients,
+        "bare_tokens_per_second": round(bare_rate, 1),
+        "served_tokens_per_second": round(rate, 1),
+        "ratio": round(rate / bare_rate, 4),
+        "ratio_per_run": [round(run[2] / run[0], 4) for run in runs],
+        "bare_first_token_ms": round(1000 * bare_first, 1),
+        "served_first_token_ms": round(1000 * first, 1),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="of llama.cpp, in both; the physical cores if not given")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.port:
+        clients(options.port, options.clients[0], options.tokens)
+        return
+    rows = [measure(options.model, n, options.tokens, options.runs, options.threads) for n in options.clients]
+    record = {**describe_run(options.model), "n_tokens": options.tokens, "n_runs": options.runs, "rows": rows}
+    if options.out:
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
