@@ -52,6 +52,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "eval": ("eval", "Compare configurations on a task: accuracy for tokens and time."),
     "trace": ("trace", "Show one solved problem step by step."),
     "bench": ("bench", "Measure speed, memory and the controls' overhead."),
+    "chat": ("chat", "Talk to a model in the terminal."),
     "models": ("models", "List, fetch, inspect and remove models."),
     "quant": ("quant", "Inspect, convert and measure model files."),
     "controls": ("controls", "List the controls of the thinking and the presets."),

@@ -1,0 +1,167 @@
+"""What is chosen from lists: conversations, models, presets and controls, files."""
+
+from pathlib import Path
+
+from ..runtime.controls import combine
+from ..runtime.errors import InputError, LocalReasonError, OutputError
+from . import export
+from .screen import ChatScreen
+from .widgets.ask import Ask
+from .widgets.conversations import Conversations
+from .widgets.models import Models
+from .widgets.presets import CONTROL, PRESET, Presets, explain
+
+_ATTACHED_BYTES = 1 << 20
+
+
+class Menus(ChatScreen):
+    """The screens that lie over the chat, and what comes of them."""
+
+    # --- conversations ------------------------------------------------------------------------------------------
+
+    async def _open_conversation(self, id: int) -> None:
+        with self.told():
+            self.dialogue.open(id)
+            self.edited = None
+        await self.show_conversation()
+        self.composer.focus()
+
+    async def action_new(self) -> None:
+        self.dialogue.begin()
+        self.edited = None
+        await self.show_conversation()
+        self.composer.focus()
+
+    async def action_neighbour(self, step: int) -> None:
+        with self.told():
+            found = self.dialogue.neighbour(step)
+            if found is not None:
+                await self._open_conversation(found.id)
+            else:
+                self.notify("There is no older conversation." if step > 0 else "There is no newer conversation.")
+
+    def action_conversations(self) -> None:
+        current = self.dialogue.conversation.id if self.dialogue.conversation is not None else None
+        with self.told():
+            listed = Conversations(self.dialogue.history, current, self.export, self._protected)
+            self.app.push_screen(listed, lambda chosen: self._take_conversation(chosen, listed))
+
+    def _protected(self) -> int | None:
+        """The conversation that a reply is being written for."""
+        return self.dialogue.run.conversation.id if self.dialogue.run is not None else None
+
+    async def _take_conversation(self, chosen: str | None, listed: Conversations) -> None:
+        current = self.dialogue.conversation
+        if chosen is not None:
+            await self._open_conversation(int(chosen))
+        elif current is not None and current.id in listed.deleted:
+            await self.action_new()
+        elif current is not None and self.dialogue.run is None:
+            await self._open_conversation(current.id)  # it may have another title
+
+    def action_export(self) -> None:
+        if self.dialogue.conversation is not None:
+            self.export(self.dialogue.conversation.id, "md")
+        else:
+            self.notify("There is nothing to export yet.")
+
+    def export(self, id: int, kind: str) -> None:
+        """Ask for a file and write a conversation to it, as Markdown ("md") or JSON ("json")."""
+
+        def write(name: str | None) -> None:
+            if name and name.strip():
+                with self.told():
+                    path = Path(name.strip()).expanduser()
+                    conversation = self.dialogue.history.load(id)
+                    text = export.to_json(conversation) if kind == "json" else export.to_markdown(conversation)
+                    _write_new(path, text)
+                    self.notify(f"Written to {path}.", markup=False)
+
+        self.app.push_screen(Ask("Export to", f"conversation-{id}.{kind}"), write)
+
+    # --- models -------------------------------------------------------------------------------------------------
+
+    def action_models(self, is_first: bool = False) -> None:
+        """The list of models; looking for them takes a moment and is done in a thread."""
+        self.run_worker(lambda: self._list_models(is_first), thread=True, exclusive=True, group="models")
+
+    def _list_models(self, is_first: bool) -> None:
+        try:
+            found = self.backend.suggestions()
+        except LocalReasonError as error:
+            self.app.call_from_thread(self.notify, str(error), severity="error", markup=False)
+            return
+        models = Models(found, self.dialogue.model, is_first)
+        self.app.call_from_thread(self.app.push_screen, models, self._take_model)
+
+    def _take_model(self, name: str | None) -> None:
+        if name is not None:
+            self.open_model(name)
+
+    # --- controls -----------------------------------------------------------------------------------------------
+
+    def action_presets(self) -> None:
+        presets = Presets(self.dialogue.preset, self.dialogue.recipe)
+        self.app.push_screen(presets, self._take_preset)
+
+    def _take_preset(self, chosen: str | None) -> None:
+        if chosen is None:
+            return
+        if chosen.startswith(PRESET):
+            self._combine(chosen.removeprefix(PRESET), ())
+            return
+        name = chosen.removeprefix(CONTROL)
+
+        def add(text: str | None) -> None:
+            if text and text.strip():
+                kept = tuple(other for other in self.dialogue.controls if other.partition(":")[0] != name)
+                self._combine(self.dialogue.preset, (*kept, text.strip()))
+
+        now = next((text for text in self.dialogue.controls if text.partition(":")[0] == name), name)
+        help = f"{explain(name)}\n\nParameters as {name}:KEY=VALUE,KEY=VALUE; a preset of F3 takes them off again."
+        self.app.push_screen(Ask(f"Set the control {name}", now, help), add)
+
+    def _combine(self, preset: str, texts: tuple[str, ...]) -> None:
+        with self.told():
+            self.dialogue.control(preset, texts, combine(None if preset == "none" else preset, texts))
+            self.show_heading()
+            self.show_context()
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def action_attach(self) -> None:
+        def attach(name: str | None) -> None:
+            if name and name.strip():
+                with self.told():
+                    path = Path(name.strip()).expanduser()
+                    text = _read(path)
+                    self.composer.fold("file", path.name, f"\n{path.name}:\n```\n{text.rstrip()}\n```\n")
+            self.composer.focus()
+
+        self.app.push_screen(Ask("Attach a file as text"), attach)
+
+
+def _read(path: Path) -> str:
+    """The text of a file that is small enough for a message."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_ATTACHED_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; give the path of a text file") from error
+    if len(data) > _ATTACHED_BYTES:
+        raise InputError(f"{path} has more than {_ATTACHED_BYTES >> 20} MiB; attach a part of it")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text; convert it first") from error
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise OutputError(f"{path} is there already; give another name") from error
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}; give another path") from error

@@ -1,0 +1,299 @@
+"""The screen of the chat: shows the conversation and follows the decode. Its keys are in `actions.py`."""
+
+import contextlib
+from collections.abc import Iterator
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.screen import Screen
+from textual.timer import Timer
+from textual.widgets import Footer, Static
+
+from ..runtime.errors import LocalReasonError
+from .backend import Backend
+from .conversation import Message
+from .delta import Delta, Ended, Failed, Progress, SampleEnded, Started
+from .dialogue import Dialogue, Run
+from .messages import ModelOpened, OpenFailed, OpenProgress, Streamed
+from .visible import visible
+from .widgets.composer import Composer
+from .widgets.instruments import Instruments
+from .widgets.nodes import NodeStrip
+from .widgets.opening import Opening
+from .widgets.race import Race
+from .widgets.reply import ReplyTurn
+from .widgets.transcript import Transcript
+
+SAVE_SECONDS = 0.5
+NODES_SECONDS = 1.0
+SHOW_SECONDS = 1 / 15
+
+
+class ChatScreen(Screen[None]):
+    """Everything but the keys."""
+
+    def __init__(self, dialogue: Dialogue, backend: Backend) -> None:
+        super().__init__()
+        self.dialogue = dialogue
+        self.backend = backend
+        self.is_opening = False
+        self.edited: Message | None = None
+        """The message of which another version is written."""
+        self._turn: ReplyTurn | None = None
+        """The turn of the running reply, while it is in sight."""
+        self._n_entropies = 0
+        self._due: Timer | None = None
+
+    def compose(self) -> ComposeResult:
+        yield Static("", id="heading", markup=False)
+        yield Transcript(id="transcript")
+        yield Opening(id="opening")
+        yield NodeStrip(id="nodes")
+        yield Instruments(id="instruments")
+        yield Composer(id="composer")
+        yield Footer(compact=True, show_command_palette=False)
+
+    async def on_mount(self) -> None:
+        self.set_interval(SAVE_SECONDS, self.save)
+        self.set_interval(NODES_SECONDS, self.show_nodes)
+        self.composer.focus()
+        await self.show_conversation()
+
+    # --- parts --------------------------------------------------------------------------------------------------
+
+    @property
+    def composer(self) -> Composer:
+        return self.query_one(Composer)
+
+    @property
+    def transcript(self) -> Transcript:
+        return self.query_one(Transcript)
+
+    @property
+    def instruments(self) -> Instruments:
+        return self.query_one(Instruments)
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """An error of ours becomes a notice."""
+        try:
+            yield
+        except LocalReasonError as error:
+            self.notify(str(error), severity="error", markup=False)
+
+    # --- the conversation ---------------------------------------------------------------------------------------
+
+    async def show_conversation(self) -> None:
+        """Lay the open conversation out anew."""
+        dialogue = self.dialogue
+        run = dialogue.run if dialogue.is_run_in_sight else None
+        conversation = dialogue.conversation
+        n_samples = run.reply.recipe.n_samples if run is not None else 1
+        await self.transcript.show(conversation, run.message.id if run is not None else None, n_samples)
+        self._turn = None
+        if run is not None:
+            self._turn = next((t for t in self.transcript.query(ReplyTurn) if t.message.id == run.message.id), None)
+            await self._sync(run)
+        if conversation is not None:
+            self.composer.remember([m.content for m in conversation.path() if m.role == "user"])
+        self.show_heading()
+        self.show_context()
+        self.refresh_bindings()
+
+    def show_heading(self) -> None:
+        """Title, model, preset, in one line."""
+        conversation = self.dialogue.conversation
+        title = conversation.title if conversation is not None and conversation.title else "New conversation"
+        model = self.dialogue.model or "no model"
+        right = f"{model} · {self.dialogue.preset}"
+        room = max(8, self.size.width - len(right) - 6)
+        title = " ".join(visible(title).split())
+        title = title if len(title) <= room else f"{title[: room - 1]}…"
+        self.query_one("#heading", Static).update(f"{title}   {visible(right)}")
+
+    def show_context(self) -> None:
+        """The context as it stands while nothing runs."""
+        dialogue = self.dialogue
+        if dialogue.run is not None or dialogue.streamer is None:
+            return
+        turns = dialogue.conversation.turns() if dialogue.conversation is not None else []
+        with self.told():
+            if turns:
+                context = dialogue.streamer.measure(turns, dialogue.recipe)
+                self.instruments.show_context(context.n_used, context.n_limit)
+                self._warn(context.warning)
+            else:
+                self.instruments.show_context(0, 0)
+
+    def _warn(self, warning: str) -> None:
+        if warning:
+            self.notify(warning, severity="warning", markup=False)
+
+    def show_nodes(self) -> None:
+        self.query_one(NodeStrip).show(self.backend.nodes())
+
+    def save(self) -> None:
+        """Store what is shown of the running reply, so that a crash loses nothing of it."""
+        with self.told():
+            self.dialogue.save()
+
+    @on(Composer.Sent)
+    async def send(self, event: Composer.Sent) -> None:
+        if not self.is_ready():
+            return
+        with self.told():
+            run = self.dialogue.edit(self.edited, event.text) if self.edited else self.dialogue.send(event.text)
+            self.edited = None
+            self.composer.clear_sent()
+            await self.follow(run)
+
+    def is_ready(self) -> bool:
+        """Whether a reply can be started; if not, the user is told."""
+        if self.dialogue.run is not None:
+            self.notify("The model is still answering; Esc stops it.", severity="warning")
+        elif self.dialogue.streamer is None:
+            self.notify("The model is being opened." if self.is_opening else "There is no model; F2 chooses one.")
+        return self.dialogue.run is None and self.dialogue.streamer is not None
+
+    async def follow(self, run: Run) -> None:
+        """Show a reply that was just started."""
+        self._n_entropies = 0
+        self.instruments.begin()
+        self.instruments.show_state("reading")
+        self.instruments.show_budget(0, run.reply.recipe.max_thinking)
+        await self.show_conversation()
+
+    # --- the decode ---------------------------------------------------------------------------------------------
+
+    @on(Streamed)
+    async def take(self, message: Streamed) -> None:
+        """One event of the decode; several that wait come one after the other."""
+        event, run = message.event, self.dialogue.run
+        if run is None or event.reply is not run.reply:
+            return
+        if isinstance(event, Ended | Failed):
+            await self._finish(event)
+        elif isinstance(event, Started):
+            self.instruments.show_context(event.context.n_used, event.context.n_limit)
+            self._warn(event.context.warning)
+        elif isinstance(event, Progress):
+            self.instruments.show_state(f"reading {100 * event.n_done // max(1, event.n_total)}%")
+        elif isinstance(event, SampleEnded):
+            self._end_lane(event)
+        else:
+            self._fill_lane(event)
+            self._follow()
+
+    def _follow(self) -> None:
+        """Show what is new soon, with all that comes until then: a long conversation takes time to lay out."""
+        if self._due is None:
+            self._due = self.set_timer(SHOW_SECONDS, self.show_now)
+
+    async def show_now(self) -> None:
+        """Show what is new."""
+        due, self._due = self._due, None
+        if due is not None:
+            due.stop()
+            if self.dialogue.run is not None:
+                await self._sync(self.dialogue.run)
+
+    async def _sync(self, run: Run) -> None:
+        """Bring turn and instruments to where the reply is."""
+        reply, sample = run.reply, run.reply.best
+        if sample is None:
+            return
+        instruments = self.instruments
+        was = instruments.state
+        instruments.show_state("thinking" if sample.phase == "think" else "answering")
+        instruments.show_speed(reply.tokens_per_second)
+        instruments.show_budget(sample.n_thinking, sample.n_budget)
+        if reply.context is not None:
+            instruments.show_context(reply.context.n_used, reply.context.n_limit)
+        fresh = tuple(sample.entropies[self._n_entropies :])
+        self._n_entropies += len(fresh)
+        instruments.add_entropies(fresh)
+        if self._turn is not None and reply.recipe.n_samples == 1:
+            await self._turn.sync(sample)
+        if instruments.state != was:
+            self.refresh_bindings()
+
+    def _fill_lane(self, event: Delta) -> None:
+        for race in self._races():
+            lane = race.lane(event.sample)
+            lane.add(visible(event.text), event.n_tokens)
+            lane.become("thinking" if event.phase == "think" else "answering")
+
+    def _end_lane(self, event: SampleEnded) -> None:
+        states = {"end": "done", "lost": "lost"}
+        for race in self._races():
+            race.lane(event.sample).become(states.get(event.reason, "stopped"))
+
+    def _races(self) -> Iterator[Race]:
+        if self._turn is not None and self._turn.n_samples > 1:
+            yield from self._turn.query(Race)
+
+    async def _finish(self, event: Ended | Failed) -> None:
+        await self.show_now()
+        with self.told():
+            message = self.dialogue.finish(event)
+            winner = event.reply.winner.index if event.reply.winner is not None else None
+            if message is not None and self._turn is not None:
+                await self._turn.end(message, winner)
+        self._turn = None
+        self.instruments.show_state("ready")
+        self.instruments.show_speed(event.reply.tokens_per_second)
+        if isinstance(event, Failed):
+            self.notify(event.message, severity="error", markup=False)
+        self.show_heading()
+        self.show_context()
+        self.refresh_bindings()
+
+    # --- the model ----------------------------------------------------------------------------------------------
+
+    def open_model(self, name: str) -> None:
+        """Open a model in place of the one that is open."""
+        if self.is_opening:
+            self.notify("A model is being opened already.", severity="warning")
+            return
+        self.is_opening = True
+        if self.dialogue.run is not None:
+            self.dialogue.run.reply.stop()
+        self.dialogue.streamer = None
+        self.query_one(Opening).show(f"opening {name}", 0, 0)
+        self._open(name)
+
+    @work(thread=True)
+    def _open(self, name: str) -> None:
+        def progress(text: str, n_done: int, n_total: int) -> None:
+            self.post_message(OpenProgress(text, n_done, n_total))
+
+        try:
+            opened = self.backend.open(name, lambda event: self.post_message(Streamed(event)), progress)
+        except LocalReasonError as error:
+            self.post_message(OpenFailed(str(error)))
+        else:
+            self.post_message(ModelOpened(opened))
+
+    @on(OpenProgress)
+    def show_progress(self, event: OpenProgress) -> None:
+        self.query_one(Opening).show(event.text, event.n_done, event.n_total)
+
+    @on(ModelOpened)
+    def take_model(self, event: ModelOpened) -> None:
+        self.is_opening = False
+        self.query_one(Opening).hide()
+        self.dialogue.take(event.opened.name, event.opened.streamer)
+        if event.opened.note:
+            self.notify(event.opened.note, markup=False)
+        self.show_heading()
+        self.show_context()
+        self.refresh_bindings()
+
+    @on(OpenFailed)
+    def tell_failure(self, event: OpenFailed) -> None:
+        self.is_opening = False
+        self.query_one(Opening).hide()
+        self.dialogue.model = ""
+        self.notify(event.text, severity="error", timeout=15, markup=False)
+        self.show_heading()
+        self.refresh_bindings()

@@ -1,0 +1,115 @@
+"""Where a message is written: several lines, the earlier inputs, long pastes and files folded to one line."""
+
+from dataclasses import dataclass
+
+from textual import events
+from textual.message import Message
+from textual.widgets import TextArea
+
+_FOLD_LINES = 12
+_FOLD_CHARACTERS = 2000
+NEWLINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
+"""Keys for a new line: the first arrives from every terminal, the others from some."""
+
+
+class Composer(TextArea):
+    """The input. Enter sends; a long paste stands as `[paste 1: 40 lines]` and is sent in full."""
+
+    @dataclass
+    class Sent(Message):
+        """The user sent this text, folded parts written out."""
+
+        text: str
+
+    def __init__(self, id: str | None = None) -> None:
+        super().__init__(
+            id=id,
+            soft_wrap=True,
+            show_line_numbers=False,
+            highlight_cursor_line=False,
+            placeholder="Ask something. Enter sends, Ctrl+J begins a new line, F1 shows all keys.",
+        )
+        self._folded: dict[str, str] = {}
+        self._inputs: list[str] = []
+        self._at = 0
+        self._draft = ""
+
+    def remember(self, inputs: list[str]) -> None:
+        """The earlier inputs, oldest first; up and down walk through them."""
+        self._inputs = list(inputs)
+        self._at = len(self._inputs)
+
+    def fold(self, kind: str, name: str, text: str) -> None:
+        """Put a text in as one line that stands for it."""
+        n_lines = text.count("\n") + 1
+        label = f"[{kind} {name}: {n_lines} {'line' if n_lines == 1 else 'lines'}]"
+        self._folded[label] = text
+        self.insert(label)
+
+    def expanded(self) -> str:
+        """The text with what was folded."""
+        text = self.text
+        for label, whole in self._folded.items():
+            text = text.replace(label, whole)
+        return text
+
+    def restore(self, text: str) -> None:
+        """Begin with this text, folded if it is long."""
+        self.text = ""
+        self._folded.clear()
+        if _is_long(text):
+            self.fold("text", "1", text)
+        else:
+            self.text = text
+        self.move_cursor(self.document.end)
+
+    async def _on_key(self, event: events.Key) -> None:
+        if event.key == "enter" or event.key in NEWLINE_KEYS:
+            event.stop()
+            event.prevent_default()
+            before = self.get_text_range((self.cursor_location[0], 0), self.cursor_location)
+            if event.key == "enter" and not before.endswith("\\"):
+                self._send()
+                return
+            if event.key == "enter":  # a backslash at the end of a line, where no other key for it arrives
+                self.action_delete_left()
+            self.insert("\n")
+
+    async def _on_paste(self, event: events.Paste) -> None:
+        if _is_long(event.text):
+            event.stop()
+            event.prevent_default()
+            self.fold("paste", str(len(self._folded) + 1), event.text)
+
+    def _send(self) -> None:
+        text = self.expanded().strip()
+        if text:
+            self.post_message(self.Sent(text))
+
+    def clear_sent(self) -> None:
+        """Empty after sending; what was sent can be called back with up."""
+        self._inputs.append(self.expanded().strip())
+        self._at = len(self._inputs)
+        self.text = ""
+        self._folded.clear()
+
+    def action_cursor_up(self, select: bool = False) -> None:
+        if not select and self.get_cursor_up_location()[0] == 0 and self.cursor_at_first_line:
+            if self._at > 0:
+                if self._at == len(self._inputs):
+                    self._draft = self.expanded()
+                self._at -= 1
+                self.restore(self._inputs[self._at])
+            return
+        super().action_cursor_up(select)
+
+    def action_cursor_down(self, select: bool = False) -> None:
+        if not select and self.cursor_at_last_line and self._at < len(self._inputs):
+            self._at += 1
+            self.restore(self._inputs[self._at] if self._at < len(self._inputs) else self._draft)
+            return
+        super().action_cursor_down(select)
+
+
+def _is_long(text: str) -> bool:
+    return text.count("\n") >= _FOLD_LINES or len(text) > _FOLD_CHARACTERS
