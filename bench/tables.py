@@ -34,14 +34,18 @@ def control_rows(record):
 
 
 def ring_rows(record):
-    decode, prefill = record["decode"], record["prefill"]
     yield "| what | ratio |"
     yield "| --- | --- |"
-    yield f"| 2-node ring to the whole model, 1 sequence | {decode['ring_1_to_whole_1']:.3f} |"
-    yield f"| ring with 2 sequences in flight to the ring with 1 | {decode['ring_2_to_ring_1']:.3f} |"
-    yield f"| ring with 4 sequences in flight to the ring with 1 | {decode['ring_4_to_ring_1']:.3f} |"
-    yield f"| ring with 4 to the whole model with 4 (one thread) | {decode['ring_4_to_whole_4']:.3f} |"
-    yield f"| prompt of 512 tokens, ring to whole | {prefill['ring_to_whole_speed']:.3f} |"
+    if "decode" in record:
+        decode = record["decode"]
+        yield f"| 2-node ring to the whole model, 1 sequence | {decode['ring_1_to_whole_1']:.3f} |"
+        yield f"| ring with 2 sequences in flight to the ring with 1 | {decode['ring_2_to_ring_1']:.3f} |"
+        yield f"| ring with 4 sequences in flight to the ring with 1 | {decode['ring_4_to_ring_1']:.3f} |"
+        yield f"| ring with 4 to the whole model with 4 (one thread) | {decode['ring_4_to_whole_4']:.3f} |"
+    if "prefill" in record:
+        yield f"| prompt of 512 tokens, ring to whole | {record['prefill']['ring_to_whole_speed']:.3f} |"
+    for name, gain in record.get("limit", {}).items():
+        yield f"| {name}: two independent processes at once to one, the most that a ring could gain | {gain:.3f} |"
     for part in [part for part in ("rounds", "nodes", "delay") if part in record]:
         speeds = record[part]["tokens_per_second"]
         first = next(iter(speeds))
@@ -62,6 +66,81 @@ def ring_rows(record):
     yield f"{start['second']:.1f} s, {sent['second']} bytes."
 
 
+def quant_rows(record):
+    yield "| file | cache | MiB | bits | tokens/s | speed to source | perplexity | mean KL | 99 % KL | same top |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for r in record["rows"]:
+        speed = (f"{r['tokens_per_second']:.1f}", f"{r['speed_ratio']:.3f}") if "speed_ratio" in r else ("", "")
+        quality = ("", "", "", "")
+        if drift := r.get("drift"):
+            kl = drift["divergence"]
+            quality = (f"{drift['candidate_perplexity']['value']:.3f}", f"{kl['value']:.5f} ± {kl['error']:.5f}")
+            quality += (f"{drift['divergence_p99']:.4f}", f"{drift['same_top']['value']:.2%}")
+        cells = (
+            r["file"],
+            r["cache_type"],
+            f"{r['bytes'] / 2**20:.0f}",
+            f"{r['bits_per_weight']:.2f}",
+            *speed,
+            *quality,
+        )
+        yield "| " + " | ".join(cells) + " |"
+
+
+def solved_lines(found):
+    change, length = found["accuracy"], found["thinking"]
+    low, high, won, lost = (
+        100 * change["low"],
+        100 * change["high"],
+        found["n_only_candidate"],
+        found["n_only_reference"],
+    )
+    yield ""
+    yield f"On {found['n_problems']} problems of {found['set']}, one recipe and seed, {found['file']} to the source:"
+    yield f"accuracy {found['candidate_accuracy']:.1%} to {found['reference_accuracy']:.1%}, that is"
+    yield f"{100 * change['mean']:+.1f} points (95 %: {low:+.1f} to {high:+.1f}); right in one only {won} to {lost}"
+    yield f"(McNemar's p {found['mcnemar_p']:.2g}); thinking {found['candidate_thinking']:.0f} to"
+    yield f"{found['reference_thinking']:.0f} tokens ({length['low']:+.1f} to {length['high']:+.1f} apart with 95 %);"
+    yield f"not ended by itself {found['candidate_unfinished']} to {found['reference_unfinished']}."
+
+
+def tool_lines(tools):
+    if found := tools.get("perplexity"):
+        yield ""
+        yield f"`quant measure` and llama-perplexity on the same {found['n_scored']} tokens of {found['file']}:"
+        yield ""
+        yield "| what | ours | llama-perplexity | difference |"
+        yield "| --- | --- | --- | --- |"
+        for name, theirs in found["theirs"].items():
+            ours = found["ours"][name]
+            yield f"| {name.replace('_', ' ')} | {ours:.6f} | {theirs:.6f} | {ours - theirs:+.2g} |"
+    if found := tools.get("quantize"):
+        seconds, peak = found["seconds"], {name: n / 2**20 for name, n in found["peak_bytes"].items()}
+        yield ""
+        yield f"`quant convert` to {found['scheme'].upper()} takes {found['seconds_ratio']:.2f} of the time of"
+        yield f"llama-quantize ({seconds['ours']:.1f} to {seconds['theirs']:.1f} s, the whole command) and"
+        yield f"{found['peak_ratio']:.2f} of its memory ({peak['ours']:.0f} to {peak['theirs']:.0f} MiB at the most);"
+        yield f"the same tensors: {'yes' if found['same_tensors'] else 'NO'}."
+
+
+def quant_lines(record):
+    yield from (f"## Files: {record['model']}", "")
+    yield from (f"`{command}`  " for command in record["commands"].values())
+    yield from ("", *quant_rows(record))
+    yield from solved_lines(record["problems"]) if "problems" in record else ()
+    yield from tool_lines(record.get("tools", {}))
+    yield ""
+
+
+def serve_rows(record):
+    yield "| clients | server to the bare loop | per run | first token, server / bare, ms |"
+    yield "| --- | --- | --- | --- |"
+    for r in record["rows"]:
+        runs = f"{min(r['ratio_per_run']):.2f} to {max(r['ratio_per_run']):.2f}"
+        first = f"{r['served_first_token_ms']:.0f} / {r['bare_first_token_ms']:.0f}"
+        yield f"| {r['clients']} | {r['ratio']:.3f} | {runs} | {first} |"
+
+
 def main():
     files = sorted(FOLDER.glob("results/*.json"))
     records = {path.stem: json.loads(path.read_text()) for path in files}
@@ -75,6 +154,12 @@ def main():
         if name.startswith("ring-"):
             lines += [f"## The ring: {record['model']}, {record['split']} layers", ""]
             lines += [f"`{record['command']}`", "", *ring_rows(record), ""]
+    for name, record in records.items():
+        if name.startswith("quant-"):
+            lines += quant_lines(record)
+    for name, record in records.items():
+        if name.startswith("serve-"):
+            lines += [f"## The server: {record['model']}", "", f"`{record['command']}`", "", *serve_rows(record), ""]
     (FOLDER / "RESULTS.md").write_text("\n".join(lines))
 
 

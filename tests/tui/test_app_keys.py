@@ -17,10 +17,10 @@ def test_enter_sends_and_the_reply_streams_in(tmp_path):
         assert stage.chat.composer.text == ""
         stage.script.think("17 * 23")
         await stage.settle()
-        assert "17 * 23" in stage.text
-        assert "Thinking" in stage.text
+        await stage.until(lambda: "17 * 23" in stage.text)
+        await stage.until(lambda: "Thinking" in stage.text)
         await stage.reply("It is **391**.", "")
-        assert "It is 391." in stage.text
+        await stage.until(lambda: "It is 391." in stage.text)
         assert stage.dialogue.run is None
         stored = stage.history.load(stage.dialogue.conversation.id).path()
         assert [(m.role, m.content, m.state) for m in stored] == [
@@ -36,17 +36,17 @@ def test_the_thinking_folds_when_the_answer_starts_and_space_opens_it_again(tmp_
         await stage.ask()
         stage.script.think("a secret thought")
         await stage.settle()
-        assert "a secret thought" in stage.text
+        await stage.until(lambda: "a secret thought" in stage.text)
         stage.script.answer("Done.")
         await stage.settle()
-        assert "a secret thought" not in stage.text
+        await stage.until(lambda: "a secret thought" not in stage.text)
         stage.script.end()
         await stage.settle()
-        assert "Thought for 1 s · 8 tokens" in stage.text
+        await stage.until(lambda: "Thought for 1 s · 8 tokens" in stage.text)
         await stage.press("shift+tab", "space")
-        assert "a secret thought" in stage.text
+        await stage.until(lambda: "a secret thought" in stage.text)
         await stage.press("space")
-        assert "a secret thought" not in stage.text
+        await stage.until(lambda: "a secret thought" not in stage.text)
 
     play(tmp_path, scene)
 
@@ -83,12 +83,12 @@ def test_answer_now_closes_the_thinking(tmp_path):
         await stage.ask()
         stage.script.think("long")
         await stage.settle()
-        assert "Answer now" in stage.text
+        await stage.until(lambda: "Answer now" in stage.text)
         await stage.press("ctrl+g")
         assert stage.script.reply.samples[0].sequence.is_hurried
         stage.script.answer("Yes.")
         await stage.settle()
-        assert "Answer now" not in stage.text, "the footer shows live keys only"
+        await stage.until(lambda: "Answer now" not in stage.text)
 
     play(tmp_path, scene)
 
@@ -113,15 +113,15 @@ def test_regenerate_puts_another_reply_beside_the_first_with_another_seed(tmp_pa
         await stage.reply("second")
         assert [m.content for m in stage.dialogue.path] == ["What is 17 * 23?", "second"]
         assert [recipe.seed for _, recipe, _ in stage.script.started] == [0, 1]
-        assert "2/2" in stage.text
+        await stage.until(lambda: "2/2" in stage.text)
         await stage.press("shift+tab", "left")
-        assert "first" in stage.text
-        assert "1/2" in stage.text
+        await stage.until(lambda: "first" in stage.text)
+        await stage.until(lambda: "1/2" in stage.text)
         await stage.press("right")
-        assert "second" in stage.text
+        await stage.until(lambda: "second" in stage.text)
         await stage.press("r")
         await stage.reply("third")
-        assert "3/3" in stage.text
+        await stage.until(lambda: "3/3" in stage.text)
 
     play(tmp_path, scene)
 
@@ -175,14 +175,14 @@ def test_marks_are_visited_and_explained(tmp_path):
         await stage.ask()
         stage.script.think("So. Wait, so it is.", marks=(FORCED, SUPPRESSED))
         await stage.settle()
-        assert "▸Wait" in stage.text
+        await stage.until(lambda: "▸Wait" in stage.text)
         await stage.reply("391", "")
         await stage.press("shift+tab", "m")
-        assert "forced: a control wrote this, the model did not: Wait" in stage.text
+        await stage.until(lambda: "forced: a control wrote this, the model did not: Wait" in stage.text)
         await stage.press("m")
-        assert "certainty 0.97" in stage.text
+        await stage.until(lambda: "certainty 0.97" in stage.text)
         await stage.press("M")
-        assert "1 of 2" in stage.text
+        await stage.until(lambda: "1 of 2" in stage.text)
 
     play(tmp_path, scene, size=(120, 30))
 

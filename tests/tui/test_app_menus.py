@@ -47,7 +47,7 @@ def test_conversations_are_searched_opened_renamed_deleted(tmp_path):
         await stage.press("enter")
         await stage.press("escape")
         assert stage.dialogue.conversation.title == "about whales too"
-        assert "about whales too" in stage.text
+        await stage.until(lambda: "about whales too" in stage.text)
         await stage.press("f4", "f8")
         await stage.told("F8 again")
         await stage.press("f8", "escape")
@@ -81,7 +81,7 @@ def test_conversations_are_exported(tmp_path, monkeypatch):
 def test_presets_and_controls_are_explained_and_set(tmp_path):
     async def scene(stage):
         await stage.press("f3")
-        assert "a hard cap only" in stage.text
+        await stage.until(lambda: "a hard cap only" in stage.text)
         assert (
             "CGRS" in next(choice for choice in stage.app.screen.shown if choice.id == "control:suppress").explanation
         )
@@ -129,12 +129,12 @@ def test_another_model_is_opened_and_a_missing_one_told_of(tmp_path):
 def test_the_first_start_leads_to_a_model_and_the_demo_is_one_key_away(tmp_path):
     async def scene(stage):
         await stage.until(lambda: "Choose a model for this machine" in stage.text)
-        assert "to fetch" in stage.text
+        await stage.until(lambda: "to fetch" in stage.text)
         await stage.press("ctrl+d")
         await stage.until(lambda: stage.dialogue.streamer is not None)
         assert stage.backend.opened == ["demo"]
         await stage.talk()
-        assert "It is 391." in stage.text
+        await stage.until(lambda: "It is 391." in stage.text)
 
     play(tmp_path, scene, model=None)
 

@@ -90,8 +90,8 @@ def test_strange_text_neither_breaks_the_layout_nor_reaches_the_terminal_raw(tmp
             assert strip.cell_length == 80
             shown = strip.text
             assert not set(shown) & set("\x1b\x07\x9b\u202e\u202c\n\r\t")
-        assert "context" in stage.text
-        assert "Version" not in stage.text
+        await stage.until(lambda: "context" in stage.text)
+        await stage.until(lambda: "Version" not in stage.text)
         await stage.press("f4", "escape")
 
     play(tmp_path, scene)
@@ -107,7 +107,7 @@ def test_the_screen_may_be_resized_while_the_model_talks(tmp_path, size):
         await stage.settle()
         stage.script.end()
         await stage.settle()
-        assert "an answer" in stage.text
+        await stage.until(lambda: "an answer" in stage.text)
         assert stage.chat.composer.region.bottom <= size[1]
 
     play(tmp_path, scene, size=(120, 40))
@@ -120,9 +120,9 @@ def test_without_colour_states_are_told_by_signs(tmp_path, monkeypatch):
         await stage.talk()
         stage.chat.instruments.show_context(3900, 4096)
         await stage.press("shift+tab")
-        assert "95 % !" in stage.text
-        assert "▌ reply" in stage.text
-        assert "▌ you" not in stage.text
+        await stage.until(lambda: "95 % !" in stage.text)
+        await stage.until(lambda: "▌ reply" in stage.text)
+        await stage.until(lambda: "▌ you" not in stage.text)
 
     play(tmp_path, scene)
 
@@ -153,7 +153,7 @@ def test_racing_samples_stand_side_by_side_and_the_winner_is_marked(tmp_path):
         stage.script.end(winner=2)
         await stage.settle()
         assert [lane.state for lane in lanes] == ["lost", "lost", "won", "lost"]
-        assert "★ 3 won" in stage.text
+        await stage.until(lambda: "★ 3 won" in stage.text)
         assert stage.dialogue.path[-1].content == "42"
         assert stage.dialogue.path[-1].thinking == "way 2"
 
@@ -168,15 +168,15 @@ def test_the_strip_of_nodes_shows_layers_links_load_and_losses(tmp_path):
         stage.backend.machines = (NodeState("attic", ((0, 14),), 0.0012, 0.8), head)
         stage.chat.show_nodes()
         await stage.settle()
-        assert "● attic 0-13 1.2 ms 80 %" in stage.text
+        await stage.until(lambda: "● attic 0-13 1.2 ms 80 %" in stage.text)
         stage.backend.machines = (NodeState("head", ((0, 28),)), NodeState("attic", state="lost"))
         stage.chat.show_nodes()
         await stage.settle()
-        assert "✗ lost attic" in stage.text
+        await stage.until(lambda: "✗ lost attic" in stage.text)
         stage.backend.machines = (NodeState("attic", ((0, 14),), 0.0012, None, "recovered"), head)
         stage.chat.show_nodes()
         await stage.settle()
-        assert "◐ back attic 0-13" in stage.text
+        await stage.until(lambda: "◐ back attic 0-13" in stage.text)
 
     play(tmp_path, scene)
 
@@ -190,7 +190,7 @@ def test_a_failure_is_told_and_the_next_question_can_be_asked(tmp_path):
         await stage.told("the cache is full")
         assert stage.dialogue.path[-1].thinking == "half a "
         await stage.talk("again", "fine")
-        assert "fine" in stage.text
+        await stage.until(lambda: "fine" in stage.text)
 
     play(tmp_path, scene)
 
@@ -217,13 +217,13 @@ def test_a_reply_goes_on_while_another_conversation_is_read(tmp_path):
         await stage.press("f9")
         stage.script.answer("the answer")
         await stage.settle()
-        assert "the answer" not in stage.text
+        await stage.until(lambda: "the answer" not in stage.text)
         await stage.press("f8")
-        assert "the answer" in stage.text
+        await stage.until(lambda: "the answer" in stage.text)
         stage.script.answer(" goes on")
         stage.script.end()
         await stage.settle()
-        assert "the answer goes on" in stage.text
+        await stage.until(lambda: "the answer goes on" in stage.text)
         assert stage.dialogue.path[-1].content == "the answer goes on"
 
     play(tmp_path, scene)
@@ -238,7 +238,7 @@ def test_formulas_are_readable_and_stored_as_they_were_written(tmp_path):
             await stage.settle()
         stage.script.end()
         await stage.settle()
-        assert "So x² ≤ 1/2 and 42, for $5." in stage.text
+        await stage.until(lambda: "So x² ≤ 1/2 and 42, for $5." in stage.text)
         assert stage.dialogue.path[-1].content == stage_answer
 
     play(tmp_path, scene)

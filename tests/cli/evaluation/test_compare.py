@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from localreason.cli.main import ExitCode, main
-from localreason.quant.measure import read_traces
+from localreason.quant.traces import read_traces
 from tests.cli.evaluation.samples import MODEL, row, write
 
 EVIL = "<script>alert(1)</script> & \"'$\\frac{"
