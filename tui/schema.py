@@ -137,8 +137,10 @@ def _as_ours(path: Path, error: sqlite3.DatabaseError) -> LocalReasonError:
 
 def _check(path: Path, database: sqlite3.Connection) -> None:
     """Look before anything is written."""
-    version, application = (database.execute(f"PRAGMA {n}").fetchone()[0] for n in ("user_version", "application_id"))
+    database.execute("BEGIN")  # one state for all three, for another chat may be making the file at this moment
     is_empty = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+    version, application = (database.execute(f"PRAGMA {n}").fetchone()[0] for n in ("user_version", "application_id"))
+    database.execute("ROLLBACK")
     if application != _APPLICATION_ID and not (is_empty and version == 0 and application == 0):
         raise InputError(f"{path} is a database of another program; it was left as it is: give another path")
     if version > len(_MIGRATIONS):
