@@ -137,7 +137,10 @@ class Node(service.RingServicer):
 
     async def _beat(self, outgoing: "asyncio.Queue[wire.FromNode | None]") -> None:
         while True:
-            busy = self._session.busy_seconds if self._session else 0.0
+            busy = 0.0
+            if self._session is not None:
+                self._session.watch()
+                busy = self._session.busy_seconds
             if not outgoing.full():
                 outgoing.put_nowait(wire.FromNode(beat=wire.Beat(busy_seconds=busy)))
             await asyncio.sleep(BEAT_SECONDS)
@@ -191,7 +194,7 @@ class Node(service.RingServicer):
         if len(windows) != len(opening.windows):
             raise ProtocolError("two windows of one hop came")
         self._session = session = Session(terms, self._options.n_threads)
-        await asyncio.to_thread(session.load, windows)
+        await session.load(windows)
         self._show(f"serving {len(windows)} window(s) for {self._holder}; {n_received} bytes of weights were received")
         await outgoing.put(wire.FromNode(loaded=wire.Loaded(n_received_bytes=n_received)))
         connect = (await inlet.next("connect")).connect
@@ -258,8 +261,7 @@ class Node(service.RingServicer):
                 session.take(step)
         except ProtocolError as error:
             log.warning("%s", error)
-            if not session.failure.done():
-                session.failure.set_result(error)
+            session.fail(error)
 
 
 async def _pump(session: Session, channel: grpc.aio.Channel) -> None:

@@ -1,12 +1,14 @@
-"""One head's hold on this node: its windows, the thread that runs them, and the way out.
+"""One head's hold on this node: its windows, and the thread that opens them, runs them and frees them.
 
-Steps of one hop come in the order of their numbers and are computed in the order of arrival; a step that is out of
-order, replayed or larger than agreed ends the session. The memory operations of a step are carried out in the window
-of its hop just before its batch, so every window sees the same history.
+Nothing else touches the windows, so a head may go away at any moment, also while they are being opened. Steps of one
+hop come in the order of their numbers and are computed in the order of arrival; a step that is out of order, replayed
+or larger than agreed ends the session. The memory operations of a step are carried out in the window of its hop just
+before its batch, so every window sees the same history.
 """
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -16,10 +18,13 @@ from pathlib import Path
 
 from ..runtime.errors import LocalReasonError
 from .codec import pack_rows, unpack_rows, unpack_spans
-from .errors import ProtocolError
+from .errors import NodeLost, ProtocolError
 from .window import LayerWindow, WindowOptions
 from .wire import ring_pb2 as wire
 
+log = logging.getLogger("localreason.node")
+_HANG_SECONDS, _HANG_FACTOR = 3.0, 10.0
+"""A step hangs that takes both this long and so many times the slowest one for as many tokens."""
 _MOST_WAITING = 64
 """Steps; a head has far fewer in flight."""
 
@@ -51,23 +56,51 @@ class Session:
     def __init__(self, terms: Terms, n_threads: int) -> None:
         self.terms = terms
         self.results: asyncio.Queue[wire.Step | None] = asyncio.Queue()
-        self.failure: asyncio.Future[LocalReasonError] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self.failure: asyncio.Future[LocalReasonError] = self._loop.create_future()
+        self._loaded: asyncio.Future[None] = self._loop.create_future()
         self.busy_seconds = 0.0
         self._n_threads = n_threads
         self._hops: dict[int, _Hop] = {}
         self._order: list[int] = []
         self._inbox: queue.SimpleQueue[wire.Step | None] = queue.SimpleQueue()
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._work, name="windows", daemon=True)
+        self._is_over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._running: tuple[float, int] | None = None
+        """When the step under way began, and its tokens."""
+        self._slowest = 0.0
+        """Seconds a token of the slowest step so far."""
 
-    def load(self, windows: dict[int, tuple[Path, int]]) -> None:
-        """Open windows: path and GPU layers by hop. Blocks; raises ModelError, OutOfMemory."""
+    async def load(self, windows: dict[int, tuple[Path, int]]) -> None:
+        """Open windows: path and GPU layers by hop. Raises ModelError, OutOfMemory."""
+        self._thread = threading.Thread(target=self._live, args=(windows,), name="windows", daemon=True)
+        self._thread.start()
+        await asyncio.wait([self._loaded, self.failure], return_when=asyncio.FIRST_COMPLETED)
+        if self.failure.done():
+            raise self.failure.result()
+
+    def _live(self, windows: dict[int, tuple[Path, int]]) -> None:
+        try:
+            self._open(windows)
+            self._work()
+        except LocalReasonError as error:
+            self._call(self.fail, error)
+        except Exception as error:  # whatever it is, the head has to hear of it
+            log.exception("the thread of the windows ended")
+            self._call(self.fail, LocalReasonError(f"a fault in localreason: {type(error).__name__}: {error}"))
+        finally:
+            for hop in self._hops.values():
+                hop.window.close()
+
+    def _open(self, windows: dict[int, tuple[Path, int]]) -> None:
         for hop, (path, n_gpu_layers) in sorted(windows.items()):
+            if self._is_over.is_set():
+                return
             window = LayerWindow(path, self.terms.options, self._n_threads, n_gpu_layers, is_last=False)
             self._hops[hop] = _Hop(window)
             window.warm()
         self._order = sorted(self._hops)
-        self._thread.start()
+        self._call(self._loaded.set_result, None)
 
     def take(self, step: wire.Step) -> None:
         """Queue a step that came from the neighbour. Raises ProtocolError."""
@@ -78,24 +111,37 @@ class Session:
         self._inbox.put(step)
 
     def _work(self) -> None:
-        while (step := self._inbox.get()) is not None:
-            try:
-                started = time.perf_counter()
-                result = self._run(step)
-                self.busy_seconds += time.perf_counter() - started
-                self._call(self.results.put_nowait, result)
-                if self.terms.is_disk_used:
-                    later = [hop for hop in self._order if hop > step.hop] or self._order
-                    self._hops[later[0]].window.prefetch()
-            except LocalReasonError as error:
-                self._call(self._fail, error)
-                return
+        while (step := self._inbox.get()) is not None and not self._is_over.is_set():
+            result = self._run(step)
+            self._call(self.results.put_nowait, result)
+            if self.terms.is_disk_used:
+                later = [hop for hop in self._order if hop > step.hop] or self._order
+                self._hops[later[0]].window.prefetch()
+
+    def _note(self) -> None:
+        """A step has been computed."""
+        if self._running is not None:
+            started, n_tokens = self._running
+            self._running = None
+            seconds = time.perf_counter() - started
+            self.busy_seconds += seconds
+            self._slowest = max(self._slowest, seconds / n_tokens)
+
+    def watch(self) -> None:
+        """End the session where a step takes far longer than any before it: a device or a disk that hangs."""
+        if self._running is None or not self._slowest or self.terms.is_disk_used:
+            return
+        started, n_tokens = self._running
+        seconds, limit = time.perf_counter() - started, max(_HANG_SECONDS, _HANG_FACTOR * self._slowest * n_tokens)
+        if seconds > limit:
+            self.fail(NodeLost(f"a step has taken {seconds:.0f} s, more than {limit:.0f} s: this machine hangs"))
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _fail(self, error: LocalReasonError) -> None:
+    def fail(self, error: LocalReasonError) -> None:
+        """End the session for a reason; the first one counts."""
         if not self.failure.done():
             self.failure.set_result(error)
 
@@ -106,9 +152,11 @@ class Session:
         spans = unpack_spans(step, options.n_sequences, options.n_batch)
         n_tokens = sum(len(span.tokens) for span in spans)
         rows = unpack_rows(step.rows, n_tokens, hop.window.n_embd)
+        self._running = (time.perf_counter(), n_tokens)
         apply(hop.window, list(step.operations))
         hop.next_number += 1
         out = hop.window.run(spans, rows)
+        self._note()
         return wire.Step(
             number=step.number,
             hop=step.hop + 1,
@@ -118,14 +166,12 @@ class Session:
         )
 
     def close(self) -> None:
-        """Free the windows once the running step is done. Blocks."""
+        """End the thread once the running step is done, the windows freed. Blocks."""
+        self._is_over.set()
         self._inbox.put(None)
         self._call(self.results.put_nowait, None)
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
-        for hop in self._hops.values():
-            hop.window.close()
-        self._hops.clear()
 
 
 def apply(window: LayerWindow, operations: list[wire.Operation]) -> None:
