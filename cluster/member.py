@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,7 +60,7 @@ class Member:
         self.address = address
         self._dialer = dialer
         self._channel: grpc.aio.Channel | None = None
-        self._outgoing: asyncio.Queue[wire.ToNode | None] = asyncio.Queue(8)
+        self._outgoing: asyncio.Queue[wire.ToNode] = asyncio.Queue(8)
         self._incoming: asyncio.Queue[wire.FromNode] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._call: grpc.aio.StreamStreamCall[wire.ToNode, wire.FromNode] | None = None
@@ -104,9 +104,10 @@ class Member:
 
         Raises NodeBusy, NodeLost, ClusterError. `on_loss` is called once with a reason if the node is lost later.
         """
-        call = self._call = self._stub().Hold(self._say())
+        call = self._call = self._stub().Hold()
         self._heard = time.monotonic()
         self._tasks = [
+            asyncio.create_task(self._speak(call)),
             asyncio.create_task(self._listen(call, on_loss)),
             asyncio.create_task(self._beat()),
             asyncio.create_task(self._watch(on_loss)),
@@ -178,9 +179,12 @@ class Member:
             raise kind(f"{self.name}: {message.failure.text[:1000]}")
         return message
 
-    async def _say(self) -> AsyncIterator[wire.ToNode]:
-        while (message := await self._outgoing.get()) is not None:
-            yield message
+    async def _speak(self, call: "grpc.aio.StreamStreamCall[wire.ToNode, wire.FromNode]") -> None:
+        while True:
+            message = await self._outgoing.get()
+            # A call that is broken is noticed, and told, by `_listen`; who wants to say something must not wait here.
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await call.write(message)
 
     async def _beat(self) -> None:
         while True:
