@@ -124,6 +124,8 @@ class Journal:
     front: Holdings = field(init=False)
     base: Holdings = field(init=False)
     pending: deque[Entry] = field(default_factory=deque)
+    n_unwanted: int = 0
+    """Batches of `pending`, the oldest, whose rows nobody waits for."""
 
     def __post_init__(self) -> None:
         self.front, self.base = Holdings(self.n_sequences), Holdings(self.n_sequences)
@@ -133,20 +135,24 @@ class Journal:
         self.front.apply(entry)
         self.pending.append(entry)
 
-    def settle(self) -> None:
-        """The oldest batch has come back: it and what was due before it are part of the base."""
+    def settle(self) -> bool:
+        """The oldest batch has come back: it and what was due before it are part of the base. True where its rows are
+        wanted."""
         while self.pending:
             entry = self.pending.popleft()
             self.base.apply(entry)
             if not isinstance(entry, Memory):
-                return
+                break
+        is_wanted = not self.n_unwanted
+        self.n_unwanted = max(0, self.n_unwanted - 1)
+        return is_wanted
 
     def absorb(self) -> None:
         """Nothing is under way: all memory operations are part of the base."""
         while self.pending:
             self.base.apply(self.pending.popleft())
+        self.n_unwanted = 0
 
-    @property
-    def is_idle(self) -> bool:
-        """True where nothing is held and nothing on its way."""
-        return not self.pending and not any(self.base.tokens)
+    def discard(self) -> None:
+        """Nobody waits for the rows of what is on its way."""
+        self.n_unwanted = sum(not isinstance(entry, Memory) for entry in self.pending)

@@ -35,6 +35,8 @@ from .wire import ring_pb2 as wire
 _FORM_SECONDS = 1200.0
 _STEP_SECONDS = 120.0
 """A step that takes longer has met a node that hangs."""
+_BUSY_SECONDS = 20.0
+"""How long nodes are waited for that another head has."""
 Placer = Callable[[list[str]], Placement]
 """From the names of the nodes that are there to the windows. Raises PlanImpossible."""
 
@@ -59,7 +61,6 @@ class _Flight:
     batch: Batch
     operations: list[wire.Operation]
     is_replay: bool
-    is_wanted: bool
 
 
 class RingEngine:
@@ -97,6 +98,8 @@ class RingEngine:
         self._due: list[wire.Operation] = []
         self._number = 0
         self._formation: Formation | None = None
+        """None where a ring broke and could not be formed anew, and after `close`."""
+        self._is_closed = False
         self._background = Background()
         self._roster = Roster(addresses, dialer, self._background, tell)
         try:
@@ -114,13 +117,14 @@ class RingEngine:
     @property
     def _ring(self) -> Formation:
         if self._formation is None:
-            raise ClusterError("the ring is closed; open the model again")
+            raise ClusterError("the ring is closed or broken; ask again, or open the model again")
         return self._formation
 
     @property
     def n_in_flight(self) -> int:
         """Batches under way that keep every node busy: two for each machine, one computed and one travelling."""
-        return 2 * len({window.member for window in self.placement.windows})
+        windows = self._formation.placement.windows if self._formation else ()
+        return max(1, 2 * len({window.member for window in windows}))
 
     @property
     def busy_seconds(self) -> dict[str, float]:
@@ -135,6 +139,7 @@ class RingEngine:
 
     def _form(self) -> None:
         """Place the windows on the nodes that are there and open them, again without those that are lost meanwhile."""
+        deadline = time.monotonic() + _BUSY_SECONDS
         while True:
             placement = self._place(self._roster.present)
             options = self._options
@@ -154,9 +159,12 @@ class RingEngine:
                 if lost is None:
                     raise
                 self._roster.lose(lost, str(error))
-            except NodeBusy:
+            except NodeBusy as error:
+                # Also the head of a ring that broke: its nodes still end the step that they were at.
                 self._end_formation()
-                raise
+                if time.monotonic() > deadline:
+                    raise
+                self._tell(f"{error}; waiting")
         shares = ", ".join(f"{w.member or options.name} {w.first}-{w.end - 1}" for w in placement.windows)
         self._tell(f"layers: {shares}")
 
@@ -169,15 +177,19 @@ class RingEngine:
             formation.free()
 
     def _recover(self, lost: Lost) -> None:
-        """Go on without a node: place, open, evaluate what was held, send again what was under way."""
-        started = time.perf_counter()
+        """Go on without a node."""
+        started, n_held = time.perf_counter(), sum(map(len, self._journal.base.tokens))
         self._end_formation()
         self._roster.lose(lost.member, lost.reason)
+        self._restore()
+        self.timing.recoveries.append((lost.member, time.perf_counter() - started))
+        self._tell(f"going on without {lost.member}; {n_held} tokens are evaluated again")
+
+    def _restore(self) -> None:
+        """Form a ring, evaluate what was held, send again what was under way. Raises as `_form` does; the journal
+        keeps everything, for the next attempt."""
+        self._flights, self._due, self._number = {}, [], 0
         self._form()
-        flights, self._flights = self._flights, {}
-        self._due = []
-        self._number = 0
-        n_held = sum(map(len, self._journal.base.tokens))
         ring = self._ring
         for entry in self._journal.base.rebuild(self.n_batch):
             self._issue(entry, is_replay=True)
@@ -186,28 +198,26 @@ class RingEngine:
                 self._advance()
                 if self._ring is not ring:  # another node was lost, and that was mended in there
                     return
-        n_unwanted = sum(not flight.is_wanted and not flight.is_replay for flight in flights.values())
         for entry in list(self._journal.pending):
             self._issue(entry)
-        for flight in [flight for flight in self._flights.values() if not flight.is_replay][:n_unwanted]:
-            flight.is_wanted = False
-        self.timing.recoveries.append((lost.member, time.perf_counter() - started))
-        self._tell(f"going on without {lost.member}; {n_held} tokens are evaluated again")
 
     # --- the engine ---------------------------------------------------------------------------------------------
 
     def submit(self, batch: Batch) -> None:
-        """Send a batch off. Raises ContextFull, DecodeFailed; then nothing was changed."""
-        if self._roster.has_returned and self._journal.is_idle:
-            self._roster.readmit()
-            self._end_formation()
-            self._form()
-            self._number, self._due = 0, []
+        """Send a batch off. Raises ContextFull, DecodeFailed; then nothing was changed. Raises PlanImpossible,
+        NodeBusy, ClusterError where the ring had broken and cannot be formed; the next batch tries again."""
         n = self._journal.front.check_batch(batch, self.n_batch, self.n_vocab)
         if self._journal.front.n_used + n > self.n_context:
             raise ContextFull(
                 f"no room for {n} more tokens in a cache of {self.n_context}; drop a sequence or give a larger context"
             )
+        # With a prompt, for forming the ring anew would interrupt an answer.
+        is_prompt = any(len(span.tokens) > 1 for span in batch)
+        if self._roster.has_returned and not self._flights and (is_prompt or self._formation is None):
+            self._roster.readmit()
+            self._end_formation()
+        if self._formation is None and not self._is_closed:
+            self._restore()
         self._journal.add(batch)
         self._issue(batch)
 
@@ -221,8 +231,7 @@ class RingEngine:
 
     def discard(self) -> None:
         """Forget the rows that are under way; they still pass through, for the caches' sake."""
-        for flight in self._flights.values():
-            flight.is_wanted = False
+        self._journal.discard()
 
     def decode(self, batch: Batch) -> Logits:
         """Submit and collect at once."""
@@ -264,17 +273,17 @@ class RingEngine:
             self._pass_on(item.number, item.hop + 1, pack_rows(out, ROW_TYPES[self._options.row_type]))
             return None
         del self._flights[item.number]
-        if not flight.is_replay:
-            self._journal.settle()
-            self.timing.note(flight.batch)
-        return out if flight.is_wanted else None
+        if flight.is_replay:
+            return None
+        self.timing.note(flight.batch)
+        return out if self._journal.settle() else None
 
     def _issue(self, entry: Entry, is_replay: bool = False) -> None:
         if isinstance(entry, Memory):
             self._due.append(wire.Operation(source=entry.source, n_tokens=entry.n_tokens, target=entry.target))
             return
         number, self._number = self._number, self._number + 1
-        self._flights[number] = _Flight(entry, self._due, is_replay, not is_replay)
+        self._flights[number] = _Flight(entry, self._due, is_replay)
         self._due = []
         rows = self._file.embed([token for span in entry for token in span.tokens])
         self._pass_on(number, 0, pack_rows(rows, ROW_TYPES[self._options.row_type]))
@@ -315,6 +324,7 @@ class RingEngine:
         """Leave the nodes idle and free everything; closing twice does nothing."""
         if self._formation is not None and self.timing.n_tokens:
             self._tell(self.timing.compare(self.placement.token_seconds))
+        self._is_closed = True
         self._end_formation()
         self._background.close()
 

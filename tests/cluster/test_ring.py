@@ -221,17 +221,31 @@ def test_losing_all_nodes_leaves_the_head_alone(model, head, spare, folder, expe
         assert ring.placement.windows == (Assignment(HEAD, 0, N_LAYERS),)
 
 
-def test_a_model_that_fits_nowhere_any_more_is_a_clear_error(model, head, spare, folder):
+def test_a_model_that_fits_nowhere_any_more_is_a_clear_error_until_a_node_is_back(model, head, spare, folder, expected):
+    back = threading.Event()
+
     def place(names):
         if len(names) < 2:
             raise PlanImpossible("the model takes 9 GiB and 4 are there; add a node")
         return evenly(names)
 
-    with ring_of(model, head, spare, folder, place) as ring:
+    def tell(text):
+        if "answers again" in text:
+            back.set()
+
+    with ring_of(model, head, spare, folder, place, tell=tell) as ring:
         ring.decode([Span(0, 0, PROMPT)])
+        port = spare[0].port
         spare[0].kill()
         with pytest.raises(PlanImpossible, match="add a node"):
             ring.decode([Span(0, len(PROMPT), [1])])
+        ring.discard()
+        with pytest.raises(PlanImpossible, match="add a node"):
+            ring.decode([Span(0, len(PROMPT) + 1, [1])])
+        ring.rewind(0, 0)
+        spare[0].start(port)
+        assert back.wait(20)
+        assert np.array_equal(script(ring), expected)
 
 
 def test_a_node_that_comes_back_is_used_for_the_next_request(model, head, spare, folder):
@@ -242,6 +256,10 @@ def test_a_node_that_comes_back_is_used_for_the_next_request(model, head, spare,
         if "answers again" in text:
             back.set()
 
+    with whole(model) as engine:
+        engine.decode([Span(0, 0, [*PROMPT, 1, 1])])  # as it is evaluated again, in one piece
+        engine.fork(0, 1, len(PROMPT))
+        expected = np.array(engine.decode([Span(1, len(PROMPT), [2, 3])]))
     with ring_of(model, head, spare, folder, tell=tell) as ring:
         ring.decode([Span(0, 0, PROMPT)])
         port = spare[0].port
@@ -252,12 +270,35 @@ def test_a_node_that_comes_back_is_used_for_the_next_request(model, head, spare,
         assert back.wait(20)
         ring.decode([Span(0, len(PROMPT) + 1, [1])])
         assert len(ring.placement.windows) == 2, "not in the middle of an answer"
-        ring.rewind(0, 0)
-        ring.decode([Span(0, 0, PROMPT)])
+        ring.fork(0, 1, len(PROMPT))  # a chat goes on from the prompt that it keeps
+        assert np.array_equal(ring.decode([Span(1, len(PROMPT), [2, 3])]), expected)
         assert len(ring.placement.windows) == 3
 
 
-def test_a_second_head_is_told_who_has_the_node(model, head, nodes, folder):
+def test_rows_that_nobody_wants_stay_unwanted_when_another_node_is_lost_in_the_recovery(model, head, spare, folder):
+    with whole(model) as engine:
+        expected = np.array(engine.decode([Span(1, 0, PROMPT[:4])]))
+    losses = [spare[1]]
+
+    def tell(text):
+        if "layers" in text and "head" in text and is_armed:
+            losses.pop().kill() if losses else None
+
+    is_armed = False
+    with ring_of(model, head, spare, folder, tell=tell, n_batch=4) as ring:
+        for start in range(0, 200, 4):
+            ring.decode([Span(0, start, [start % 250] * 4)])
+        is_armed = True
+        spare[0].kill()
+        ring.submit([Span(0, 200, [1])])
+        ring.discard()
+        ring.submit([Span(1, 0, PROMPT[:4])])
+        assert np.array_equal(ring.collect(), expected)
+        assert len(ring.timing.recoveries) == 2
+
+
+def test_a_second_head_waits_and_is_told_who_has_the_node(model, head, nodes, folder, monkeypatch):
+    monkeypatch.setattr("localreason.cluster.ring._BUSY_SECONDS", 0.0)
     with ring_of(model, head, nodes, folder, name="the laptop"), pytest.raises(NodeBusy, match="busy with the laptop"):
         ring_of(model, head, nodes, folder)
     with ring_of(model, head, nodes, folder):
