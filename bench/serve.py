@@ -6,7 +6,7 @@ The bare loop is llama_decode over a batch of as many sequences and an argmax of
 same context and weights; the server is a real one on loopback, and its clients, in a process of their own, stream over
 HTTP. Both have the same prompt and end after the same number of tokens; runs of the two are interleaved. What counts is
 the ratio of the medians of tokens per second of the decode, from the first token of the last client to the last token
-of the first. The last line is JSON.
+of the first. With `--llama-server PATH` llama.cpp's own server takes its turn in each run. The last line is JSON.
 """
 
 import argparse
@@ -17,8 +17,10 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -95,9 +97,9 @@ async def one_client(port, body):
     return start, first, last, n_tokens
 
 
-def clients(port, n_clients, n_tokens):
+def clients(port, n_clients, n_tokens, extra):
     """Run in a process of its own: JSON of tokens per second and of each client's seconds to its first token."""
-    body = {"prompt": TEXT, "max_tokens": n_tokens, "temperature": 0, "stream": True}
+    body = {"prompt": TEXT, "max_tokens": n_tokens, "temperature": 0, "stream": True, **extra}
     data = json.dumps({**body, "stream_options": {"include_usage": True}}).encode()
 
     async def run():
@@ -125,46 +127,64 @@ def served(model, n_clients, n_tokens):
             thread.join()
 
 
-def ask(port, n_clients, n_tokens):
-    command = [
-        sys.executable,
-        __file__,
-        "-",
-        "--port",
-        str(port),
-        "--clients",
-        str(n_clients),
-        "--tokens",
-        str(n_tokens),
-    ]
+@contextlib.contextmanager
+def peer(program, path, n_clients, n_context, n_threads):
+    """The port of llama.cpp's server over the model, without its answers' Markdown, prompts or slots kept on disk."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [program, "-m", path, "--host", "127.0.0.1", "--port", port, "-c", n_context, "-np", n_clients]
+    command += ["-t", n_threads] if n_threads else []
+    with tempfile.TemporaryFile() as log, subprocess.Popen(map(str, command), stdout=log, stderr=log) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                        break
+                except OSError:
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        log.seek(0)
+                        raise SystemExit(log.read().decode("utf-8", "replace")[-2000:]) from None
+                    time.sleep(0.2)
+            yield port
+        finally:
+            process.terminate()
+
+
+def ask(port, n_clients, n_tokens, **extra):
+    words = ["--port", port, "--clients", n_clients, "--tokens", n_tokens, "--extra", json.dumps(extra)]
+    command = [sys.executable, __file__, "-", *map(str, words)]
     reply = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert reply["n"] == n_clients * n_tokens, "a reply was shorter than asked for"
     return reply["rate"], statistics.median(reply["first"])
 
 
-def measure(path, n_clients, n_tokens, n_runs, n_threads):
-    options = EngineOptions(n_context=(n_tokens + 64) * (n_clients + 1), n_sequences=n_clients + 1, n_threads=n_threads)
-    with Model.open(path, options) as model:
+def measure(path, n_clients, n_tokens, n_runs, n_threads, program):
+    n_context = (n_tokens + 64) * (n_clients + 1)
+    options = EngineOptions(n_context, n_sequences=n_clients + 1, n_threads=n_threads)
+    runs = {"bare": [], "served": [], "peer": []}
+    with contextlib.ExitStack() as stack:
+        peer_port = stack.enter_context(peer(program, path, n_clients, n_context, n_threads)) if program else None
+        model = stack.enter_context(Model.open(path, options))
         model.tokenizer = Endless(model.tokenizer)
         prompt = model.text_prompt(TEXT).tokens
         bare(model.engine, prompt, n_clients, 8)
-        runs = []
-        for i in range(n_runs + 1):
-            one = bare(model.engine, prompt, n_clients, n_tokens)
+        for _ in range(n_runs + 1):
+            runs["bare"].append(bare(model.engine, prompt, n_clients, n_tokens))
             with served(model, n_clients, n_tokens) as port:
-                other = ask(port, n_clients, n_tokens)
-            if i:  # the first is the warm-up
-                runs.append((*one, *other))
-    bare_rate, bare_first, rate, first = (statistics.median(values) for values in zip(*runs, strict=True))
-    return {
-        "clients": n_clients,
-        "bare_tokens_per_second": round(bare_rate, 1),
-        "served_tokens_per_second": round(rate, 1),
-        "ratio": round(rate / bare_rate, 4),
-        "ratio_per_run": [round(run[2] / run[0], 4) for run in runs],
-        "bare_first_token_ms": round(1000 * bare_first, 1),
-        "served_first_token_ms": round(1000 * first, 1),
-    }
+                runs["served"].append(ask(port, n_clients, n_tokens))
+            if peer_port:
+                runs["peer"].append(ask(peer_port, n_clients, n_tokens, ignore_eos=True, cache_prompt=False))
+    row = {"clients": n_clients}
+    for name, each in runs.items():
+        if each:  # the first is the warm-up
+            rate, first = (statistics.median(values) for values in zip(*each[1:], strict=True))
+            row |= {f"{name}_tokens_per_second": round(rate, 1), f"{name}_first_token_ms": round(1000 * first, 1)}
+    for name in ("served", "peer"):
+        if ratios := [one[0] / base[0] for one, base in zip(runs[name], runs["bare"], strict=False)][1:]:
+            to_bare = row[f"{name}_tokens_per_second"] / row["bare_tokens_per_second"]
+            row |= {f"{name}_ratio": round(to_bare, 4), f"{name}_ratio_per_run": [round(ratio, 4) for ratio in ratios]}
+    return row
 
 
 def main():
@@ -175,12 +195,17 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of llama.cpp, in both; the physical cores if not given")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's server, built from the same source")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--extra", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.port:
-        clients(options.port, options.clients[0], options.tokens)
+        clients(options.port, options.clients[0], options.tokens, options.extra)
         return
-    rows = [measure(options.model, n, options.tokens, options.runs, options.threads) for n in options.clients]
+    rows = [
+        measure(options.model, n, options.tokens, options.runs, options.threads, options.llama_server)
+        for n in options.clients
+    ]
     record = {**describe_run(options.model), "n_tokens": options.tokens, "n_runs": options.runs, "rows": rows}
     if options.out:
         options.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -133,12 +133,14 @@ def quant_lines(record):
 
 
 def serve_rows(record):
-    yield "| clients | server to the bare loop | per run | first token, server / bare, ms |"
-    yield "| --- | --- | --- | --- |"
+    yield "| clients | server / bare loop | per run | llama-server / it | first token: server, bare, theirs, ms |"
+    yield "| --- | --- | --- | --- | --- |"
     for r in record["rows"]:
-        runs = f"{min(r['ratio_per_run']):.2f} to {max(r['ratio_per_run']):.2f}"
-        first = f"{r['served_first_token_ms']:.0f} / {r['bare_first_token_ms']:.0f}"
-        yield f"| {r['clients']} | {r['ratio']:.3f} | {runs} | {first} |"
+        runs = f"{min(r['served_ratio_per_run']):.2f} to {max(r['served_ratio_per_run']):.2f}"
+        first = [r.get(f"{name}_first_token_ms") for name in ("served", "bare", "peer")]
+        times = ", ".join("" if each is None else f"{each:.0f}" for each in first)
+        theirs = f"{r['peer_ratio']:.3f}" if "peer_ratio" in r else ""
+        yield f"| {r['clients']} | {r['served_ratio']:.3f} | {runs} | {theirs} | {times} |"
 
 
 def main():
