@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from ...runtime.model import Answered
 
 _N_ROUND = 8
-"""Problems that a configuration gets before the next one's turn, so that a machine that becomes slower does so for
-all; more where more are in flight at once."""
+"""Problems that a configuration gets at least before the next one's turn, so that a machine that becomes slower does
+so for all."""
+_N_REFILLS = 3
+"""And this many times what is in flight: towards the end of a turn fewer and fewer are, and batches cost more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ class _Run:
         """False if Ctrl-C ended it; what was finished is saved in any case."""
         plan = self._plan
         n_parallel = min(plan.config.settings.parallel, len(todo))
-        n_round = max(_N_ROUND, n_parallel)
+        n_round = max(_N_ROUND, _N_REFILLS * n_parallel)
         try:
             with (
                 plan.wiring.open_model(path, _options(plan, n_parallel, todo), plan.config) as opened,
