@@ -199,7 +199,13 @@ def _published(repository: str, hub: Ranged, folder: Path) -> list[Source]:
         scheme, n_bits = find_scheme(stem) or ("", 0)
         bits = 8 * n_bytes / like.n_parameters
         one = replace(
-            like, name=f"{repository}/{stem}", n_bytes=n_bytes, bits_per_weight=bits, n_bits=n_bits, scheme=scheme
+            like,
+            name=f"{repository}/{stem}",
+            n_bytes=n_bytes,
+            bits_per_weight=bits,
+            n_bits=n_bits,
+            scheme=scheme,
+            source_scheme="",
         )
         found.append(Source(one, file))
     return found

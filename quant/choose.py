@@ -10,7 +10,6 @@ rounded to whole billions.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,6 +19,7 @@ from ..runtime.errors import ModelUnsupported, OutOfMemory
 from ..runtime.native import CACHE_TYPES
 from ..runtime.room import cell_bytes, fitting_cells
 from .gguf import ModelFile
+from .weights import find_precision
 
 SAME_SIZE = 1.5
 """Models of which one has less than this many times the other's parameters count as equally large."""
@@ -43,7 +43,8 @@ class Verdict(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A file that could be taken. `n_bits` is the class of its weights: 4 for Q4_K_M, although its
-    `bits_per_weight` are more; `cell_bytes` are the cache bytes of one token by cache type."""
+    `bits_per_weight` are more, and for what was made of 4 bits; `cell_bytes` are the cache bytes of one token by
+    cache type."""
 
     name: str
     n_bytes: int
@@ -56,6 +57,8 @@ class Candidate:
     n_context_train: int
     is_reinforced: bool = False
     """Trained by reinforcement, as far as the names tell."""
+    source_scheme: str = ""
+    """The scheme of fewer bits that its weights were made of, if they were."""
 
     @property
     def n_billions(self) -> int:
@@ -154,26 +157,20 @@ def find_scheme(name: str) -> tuple[str, int] | None:
 
 
 def describe(file: ModelFile, name: str) -> Candidate:
-    """A file as a candidate, its scheme being the one that most weights of the layers have. Raises ModelUnsupported
-    for a file of a vocabulary only."""
+    """A file as a candidate. Raises ModelUnsupported for a file of a vocabulary only."""
     n_parameters = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
     n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
-    weighed = Counter[str]()
-    for tensor in file.tensors.values():
-        if len(tensor.shape) > 1:
-            # The large tables at both ends often have more bits than the layers, which decide.
-            weighed[tensor.type_name] += math.prod(tensor.shape) if tensor.name.startswith("blk.") else 0
-    if not n_parameters or not weighed:
+    if not any(len(tensor.shape) > 1 for tensor in file.tensors.values()):
         raise ModelUnsupported(f"{file.path} has no matrices of weights; give a whole model")
-    scheme = weighed.most_common(1)[0][0]
-    bits, title = find_scheme(scheme), file.header.values.get("general.name")
+    precision, title = find_precision(file.header), file.header.values.get("general.name")
     return Candidate(
         name=name,
         n_bytes=n_bytes,
         n_parameters=n_parameters,
-        bits_per_weight=8 * n_bytes / n_parameters,
-        n_bits=bits[1] if bits else round(8 * n_bytes / n_parameters),
-        scheme=scheme,
+        bits_per_weight=precision.bits_per_weight,
+        n_bits=precision.weight_bits,
+        scheme=precision.scheme,
+        source_scheme=precision.source_scheme if precision.is_inflated else "",
         architecture=file.architecture,
         cell_bytes={kind: cell_bytes(file.header.values, kind) for kind in CACHE_TYPES},
         n_context_train=file.n_context_train,
@@ -222,6 +219,11 @@ def _preference(option: Option, level: int, wish: _Wish) -> tuple[float, ...]:
 def _judge(candidate: Candidate, room: Room, wish: _Wish, measured: tuple[Measured, ...]) -> Option:
     n_wanted, is_forced, has_more = wish.n_context, wish.is_forced, wish.has_more(candidate)
     reasons, warnings, is_refused = _weights(candidate, has_more)
+    if candidate.source_scheme:
+        warnings.append(
+            f"its {candidate.scheme} weights were made of {candidate.source_scheme}: the bytes of the one "
+            f"with the losses of the other"
+        )
     n_context = min(n_wanted, candidate.n_context_train)
     if n_context < n_wanted:
         warnings.append(f"it was trained for {n_context} tokens of context, not for {n_wanted}")

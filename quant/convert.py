@@ -24,8 +24,8 @@ from .gguf import ModelFile, Tensor, padded
 from .imatrix import Importance, read_importance
 from .job import Job, run_job
 from .request import LONGEST_VALUE, Request, check_importance, check_source, check_types, find_type
+from .weights import RECORD, source_scheme
 
-_PREFIX = "localreason.convert."
 _PART = re.compile(r"\..+\.(\d+)\.localreason-part")
 
 
@@ -118,7 +118,7 @@ def convert(
             f"free space, choose a smaller scheme or another folder"
         )
     part = target.absolute().with_name(f".{target.name[:200]}.{os.getpid()}.localreason-part")
-    values = {**plan.job.values, f"{_PREFIX}source_sha256": source_sha256}
+    values = {**plan.job.values, f"{RECORD}source_sha256": source_sha256}
     job = replace(plan.job, target=str(part), n_threads=n_threads, values=values)
     started = time.monotonic()
     try:
@@ -137,10 +137,11 @@ def convert(
 
 def _record(file: ModelFile, name: str, request: Request, importance: Importance | None) -> dict[str, str | int | bool]:
     """What the new file says of its origin; what an earlier conversion said is emptied."""
-    values: dict[str, str | int | bool] = {key: "" for key in file.header.values if key.startswith(_PREFIX)}
+    values: dict[str, str | int | bool] = {key: "" for key in file.header.values if key.startswith(RECORD)}
     said: dict[str, str | int | bool | None] = {
         "source": file.path.name,
         "source_sha256": "0" * 64,
+        "source_scheme": source_scheme(file.header),
         "scheme": name,
         "output_type": request.output_type,
         "embedding_type": request.embedding_type,
@@ -149,7 +150,7 @@ def _record(file: ModelFile, name: str, request: Request, importance: Importance
         "by": f"localreason {version('localreason')}, llama-cpp-python {version('llama-cpp-python')}",
     }
     said |= {f"tensors.{i}": f"{pattern}={kind}" for i, (pattern, kind) in enumerate(request.tensors)}
-    values |= {_PREFIX + key: value for key, value in said.items() if value is not None}
+    values |= {RECORD + key: value for key, value in said.items() if value is not None}
     if importance is not None and request.imatrix is not None:
         values["quantize.imatrix.file"] = request.imatrix.name
         values["quantize.imatrix.entries_count"] = len(importance.entries)

@@ -13,14 +13,13 @@ from ..runtime.memory import is_cache_possible, is_tied, scheme_of, tensor_bytes
 from ..runtime.native import CACHE_TYPES
 from ..runtime.parts import Piece, join
 from ..runtime.precision import Precision, advice
-from ..runtime.schemes import FILE_TYPES, MAIN_SCHEMES, SCHEMES
+from ..runtime.schemes import MAIN_SCHEMES, SCHEMES
 from .backend import effective
 from .gguf import ARCHITECTURES
+from .weights import MAIN_SHARE, find_file_type, find_precision, layer_shares
 
 _N_TOKENS = 1000
 """Of which the cache is told."""
-_MAIN_SHARE = 0.5
-"""Of the weights of the layers that the scheme in a file's name should hold."""
 _IMATRIX = "quantize.imatrix."
 
 
@@ -85,8 +84,7 @@ def inspect(pieces: Sequence[Piece], cache_type: str = "f16", backends: Iterable
     n_parameters, weights = sum(math.prod(entry.shape) for entry in header.tensors), weights_bytes(header)
     if not n_parameters:
         raise ModelBroken(f"{pieces[0].name} holds no tensors; give a whole model")
-    file_type = FILE_TYPES.get(_integer(header.values.get("general.file_type"), -1))
-    precision = Precision(_scheme(header, file_type), 8 * weights / n_parameters)
+    file_type, precision = find_file_type(header.values), find_precision(header)
     matrices = dict.fromkeys(scheme_of(entry) for entry in header.tensors if len(entry.shape) > 1)
     return Report(
         name=pieces[0].name,
@@ -158,25 +156,6 @@ def _parts(header: Header) -> tuple[PartSum, ...]:
     return tuple(PartSum(name, len(sizes), sum(sizes)) for name, sizes in found.items() if sizes or name != "other")
 
 
-def _layer_shares(header: Header) -> dict[str, float]:
-    """Share of each type in the weights of the layers' matrices, the largest first; of all where no layer has one."""
-    matrices = [entry for entry in header.tensors if len(entry.shape) > 1]
-    counted: dict[str, int] = {}
-    for entry in [entry for entry in matrices if entry.name.startswith("blk.")] or matrices or header.tensors:
-        name = scheme_of(entry).name
-        counted[name] = counted.get(name, 0) + math.prod(entry.shape)
-    total = sum(counted.values())
-    return {name: n / total for name, n in sorted(counted.items(), key=lambda item: -item[1])}
-
-
-def _scheme(header: Header, file_type: str | None) -> str:
-    """The file's own word where most weights of the layers are of it, else the type that most of them have."""
-    shares = _layer_shares(header)
-    if file_type is not None and shares.get(MAIN_SCHEMES[file_type].name, 0.0) >= _MAIN_SHARE:
-        return file_type
-    return next(iter(shares))
-
-
 def _warnings(
     pieces: Sequence[Piece],
     header: Header,
@@ -202,6 +181,11 @@ def _warnings(
     except ModelBroken as error:
         yield str(error)
     yield from _about_types(header, file_type)
+    if precision.is_inflated:
+        yield (
+            f"the {precision.scheme} weights were made of {precision.source_scheme} and are no better than that; "
+            f"make the file of one of 16 bits"
+        )
     if architecture not in ARCHITECTURES:
         yield (
             f"the architecture {architecture!r} is not known to give the same answers cut in windows, so it cannot be "
@@ -213,10 +197,10 @@ def _warnings(
 
 
 def _about_types(header: Header, file_type: str | None) -> Iterable[str]:
-    shares = _layer_shares(header)
+    shares = layer_shares(header)
     main = MAIN_SCHEMES[file_type].name if file_type is not None else next(iter(shares))
     listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    if shares.get(main, 0.0) < _MAIN_SHARE:
+    if shares.get(main, 0.0) < MAIN_SHARE:
         said = f", although the file says {file_type}, which is mostly {main}" if file_type is not None else ""
         yield f"types are mixed: the weights of the layers are {listed}{said}; judge the file by these"
     packed = SCHEMES[next(iter(shares))]

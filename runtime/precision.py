@@ -17,21 +17,29 @@ _BITS = re.compile(r"\d+")
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The weights' scheme, and how far they have been measured to be from a reference."""
+    """The weights' scheme, and that of what they were made of."""
 
     scheme: str
     """A file type such as Q4_K_M, or the tensor type of most matrices."""
     bits_per_weight: float
     """Over all tensors, scales included."""
-    divergence: float | None = None
-    """KL from the reference of the next token, in nats, where it was measured."""
-    same_top: float | None = None
-    """Share of positions at which the reference has the same likeliest token, where it was measured."""
+    source_scheme: str = ""
+    """The scheme of the file they were made of, or of one before it with fewer bits; empty where none is told."""
 
     @property
     def weight_bits(self) -> int:
-        """Bits of one stored weight in most matrices: 4 for Q4_K_M, whatever its scales and larger tensors add."""
-        found = _BITS.search(self.scheme)
+        """Bits of one weight in most matrices, 4 for Q4_K_M, whatever its scales and larger tensors add; those of
+        what it was made of where that had fewer, which nothing brings back."""
+        own = self._bits(self.scheme)
+        return min(own, self._bits(self.source_scheme)) if self.source_scheme else own
+
+    @property
+    def is_inflated(self) -> bool:
+        """True where the weights were made of some with fewer bits."""
+        return self.weight_bits < self._bits(self.scheme)
+
+    def _bits(self, scheme: str) -> int:
+        found = _BITS.search(scheme)
         return int(found[0]) if found else int(self.bits_per_weight)
 
 
@@ -42,16 +50,18 @@ def advice(precision: Precision, n_parameters: int, cache_type: str, architectur
 
 
 def _about_weights(precision: Precision, n_parameters: int) -> list[str]:
-    size = _size(n_parameters)
+    size, scheme = _size(n_parameters), precision.scheme
+    if precision.is_inflated:
+        scheme = f"{precision.source_scheme}, of which these {scheme} weights were made,"
     if precision.weight_bits < 4:
         return [
-            f"{precision.scheme} stores weights in {precision.weight_bits} bits, and below 4 reasoning breaks "
+            f"{scheme} stores weights in {precision.weight_bits} bits, and below 4 reasoning breaks "
             f"(at 3 bits 1.5B lost 17 points on average, 32B 3); take 4 bits or more, if need be of a smaller model"
         ]
     if precision.weight_bits == 4 and _billions(n_parameters) < _FEWEST_FOR_4_BITS:
         return [
-            f"{precision.scheme} stores weights in 4 bits and the model has {size} parameters, below 4B (at 1.5B "
-            f"4 bits lost 3 to 4 points on average, 3 to 6 on AIME); take Q8_0, or 4 bits of a larger model"
+            f"{scheme} stores weights in 4 bits and the model has {size} parameters, below 4B (at 1.5B 4 bits lost "
+            f"3 to 4 points on average, 3 to 6 on AIME); take Q8_0 made of 16 bits, or 4 bits of a larger model"
         ]
     return []
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from localreason.cli.main import ExitCode, main
+from localreason.quant.choose import Machine, describe, rank
 from localreason.quant.convert import check_target, convert, plan_conversion
 from localreason.quant.gguf import ModelFile
 from localreason.quant.imatrix import Entry, Importance, write_importance
@@ -116,6 +117,17 @@ def test_a_quantised_source_is_converted_only_on_demand_and_drops_the_old_record
 
     assert second.header.values["localreason.convert.source"] == "first.gguf"
     assert second.header.values["localreason.convert.tensors.0"] == ""
+
+
+def test_the_fewest_bits_on_the_way_from_the_first_source_are_recorded(tiny_model, folder):
+    low = make(tiny_model, folder / "low.gguf", Request("q4_0", is_pure=True))
+    high = make(low.path, folder / "high.gguf", Request("q8_0", allows_requantize=True))
+    again = make(high.path, folder / "again.gguf", Request("q8_0", allows_requantize=True))
+
+    said = [file.header.values["localreason.convert.source_scheme"] for file in (low, high, again)]
+    assert said == ["F32", "Q4_0", "Q4_0"]
+    assert describe(again, "again").n_bits == 4
+    assert "made of Q4_0" in rank([describe(high, "high")], Machine(1 << 40), 512)[0].warnings[-1]
 
 
 @pytest.mark.parametrize(
@@ -256,6 +268,7 @@ def test_progress_goes_through_all_tensors_and_an_interruption_leaves_no_file(ti
 KILLED = """
 import os, signal, sys, psutil
 from pathlib import Path
+from localreason.quant.choose import Machine, describe, rank
 from localreason.quant.convert import convert, plan_conversion
 from localreason.quant.request import Request
 

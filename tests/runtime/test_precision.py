@@ -36,6 +36,15 @@ def test_below_4_bits_every_size_is_warned_of_once(n_parameters: float):
     assert "3 bits" in warning
 
 
+def test_what_was_made_of_fewer_bits_has_no_more_than_those():
+    made = Precision("Q8_0", 8.5, "Q4_1")
+    assert (made.weight_bits, made.is_inflated) == (4, True)
+    (warning,) = advice(made, int(1.5e9), "f16", "llama")
+    assert warning.startswith("Q4_1, of which these Q8_0 weights were made, stores weights in 4 bits")
+    known = Precision("Q4_0", 4.5, "F16")
+    assert (known.weight_bits, known.is_inflated) == (4, False)
+
+
 def test_a_4_bit_cache_is_for_14b_and_more():
     assert "q8_0" in said("Q8_0", 8e9, "q4_0")[0].rsplit("take", 1)[1]
     assert "f16" in said("Q8_0", 3e9, "q4_0")[0].rsplit("take", 1)[1]
