@@ -104,7 +104,7 @@ def solved(paths):
 
 def row(file):
     path, kind = file
-    known = describe(ModelFile(path), path.name)
+    known = describe(ModelFile(path).header, path.name)
     bits = {"scheme": known.scheme, "bits_per_weight": round(known.bits_per_weight, 3)}
     return {"file": path.name, "bytes": path.stat().st_size, "cache_type": kind, **bits}
 

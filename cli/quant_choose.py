@@ -1,37 +1,29 @@
 """`localreason quant choose`: which file to take for this machine, or for a described cluster."""
 
 import json
-import os
-import re
-import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from gguf.constants import GGMLQuantizationType
 
 from ..quant.advice import explain, size
-from ..quant.choose import Candidate, Fit, Machine, Measured, Option, Room, describe, find_scheme, rank
-from ..quant.gguf import ModelFile
-from ..runtime.errors import InputError, ModelBroken, ModelError, ModelNotFound, ModelUnsupported
-from ..runtime.room import available_bytes
-from . import build, config, store
-from .hub import Hub
+from ..quant.choose import Candidate, Fit, Machine, Measured, Option, Room, rank
+from ..runtime.devices import backends, cpu_features
+from ..runtime.errors import InputError, ModelUnsupported
+from ..runtime.fit import Free
+from ..runtime.llama import free_memory
+from ..runtime.memory import cache_bytes, repacked_schemes
+from . import config
+from .quant_sources import Source, find_sources, main_type, tell
 from .render import safe
 
 if TYPE_CHECKING:
     from ..cluster.costs import Links
     from ..cluster.device import Device
 
-_HEAD_BYTES = 1 << 24
-"""Of a published file: more than metadata, vocabulary and tensor table of known models take."""
 _LEAST_CONTEXT = 256
-_PART = re.compile(r"(?:-\d{5}-of-\d{5})?\.gguf$")
-_SIZE_WORD = re.compile(r"_(?:XXS|XS|S|M|L|XL|NL)$")
 Files = Annotated[
     list[str] | None, typer.Argument(metavar="FILE", help="Files or names; unset: all models on this machine.")
 ]
@@ -53,20 +45,6 @@ Hard = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-class Ranged(Hub, Protocol):
-    """A hub that can send the beginning of a file."""
-
-    def head(self, repository: str, name: str, n_bytes: int) -> bytes: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A candidate, and the file whose tensor table stands for it: its own, or that of another scheme of the model."""
-
-    candidate: Candidate
-    file: ModelFile
-
-
 class Ring:
     """The machines of a described cluster as a room, by the planner."""
 
@@ -79,14 +57,17 @@ class Ring:
         from ..cluster.errors import PlanImpossible
         from ..cluster.placing import Wish, model_costs
 
-        source = self._sources[candidate.name]
-        ratio = candidate.n_bytes / sum(tensor.n_bytes for tensor in source.file.tensors.values())
+        file, n_wanted = self._sources[candidate.name].file, n_context
+        assert file is not None
+        ratio = candidate.n_bytes / sum(tensor.n_bytes for tensor in file.tensors.values())
+
+        def needed(n: int) -> int:
+            return candidate.n_bytes + cache_bytes(file.header, n, cache_type)
+
         while n_context >= _LEAST_CONTEXT:
-            costs = model_costs(source.file, n_context, cache_type)
+            costs = model_costs(file, n_context, cache_type)
             if ratio != 1:  # a published file of which only the size is known
-                kind = candidate.scheme
-                if kind not in GGMLQuantizationType.__members__:  # Q4_K_M is mostly Q4_K
-                    kind = _SIZE_WORD.sub("", kind)
+                kind = main_type(candidate.scheme)
                 costs = replace(
                     costs,
                     layer_bytes=tuple(int(n * ratio) for n in costs.layer_bytes),
@@ -95,10 +76,10 @@ class Ring:
                     output_type=kind,
                 )
             try:
-                return Fit(n_context, Wish().plan(costs, self._devices, self._links).token_seconds)
+                return Fit(n_context, needed(n_context), Wish().plan(costs, self._devices, self._links).token_seconds)
             except PlanImpossible:
                 n_context //= 2
-        return Fit(0)
+        return Fit(0, needed(n_wanted))
 
 
 def choose(
@@ -122,12 +103,11 @@ def choose(
       localreason quant choose --hf Qwen/Qwen3-4B-GGUF --devices home.json --json
     """
     where = config.load({"store": folder}).store
-    sources = _sources(context, files or [], repositories or [], where)
+    sources = find_sources(context, files or [], repositories or [], where)
     if devices is not None:
         room, limit = _ring(devices, sources := _cut(sources))
     else:
-        free_bytes = available_bytes()
-        room, limit = Machine(free_bytes), f"{size(free_bytes)} free"
+        room, limit = _machine()
     known = _read_measured(measured or [])
     candidates = [source.candidate for source in sources]
     by_name = {one.name: known.get(_base(one.name), ()) for one in candidates}
@@ -139,107 +119,21 @@ def choose(
     print("\n".join([*explain(options, limit), "", *_table(options)]))
 
 
-def _sources(context: typer.Context, files: list[str], repositories: list[str], folder: Path) -> list[Source]:
-    """What is named, or else all models of the store."""
-    if not files and not repositories:
-        return _stored(folder)
-    named = [_local(name, folder) for name in dict.fromkeys(files)]
-    taken = Counter(source.file.path.name for source in named)
-    sources = [source if taken[source.file.path.name] > 1 else _briefly(source) for source in named]
-    for repository in repositories:
-        hub: Any = build.wiring(context).hub()
-        sources += _published(repository, hub, folder)
-    return sources
-
-
-def _local(name: str, folder: Path) -> Source:
-    path = store.find(name, folder)
-    if path is None:
-        raise ModelNotFound(f"{name} is not on this machine; run `localreason models pull {name}`, or give --hf")
-    file = ModelFile(path)
-    return Source(describe(file, name), file)
-
-
-def _briefly(source: Source) -> Source:
-    return replace(source, candidate=replace(source.candidate, name=source.file.path.name))
-
-
-def _stored(folder: Path) -> list[Source]:
-    """All models of the store that can be read; the others are named."""
-    found = []
-    for item in store.list_stored(folder) if folder.is_dir() else []:
-        try:
-            file = ModelFile(item.path)
-            found.append(Source(describe(file, item.path.relative_to(folder).as_posix()), file))
-        except (ModelError, InputError) as error:
-            _tell(f"passed over: {error}")
-    if not found:
-        raise ModelNotFound("there are no models on this machine; name files, or a repository with --hf OWNER/REPO")
-    return found
-
-
-def _published(repository: str, hub: Ranged, folder: Path) -> list[Source]:
-    """The model files of a repository that name their scheme: sizes as the hub records them, all else of one header."""
-    sizes, names = Counter[str](), dict[str, list[str]]()
-    for item in hub.files(repository):
-        stem = _PART.sub("", item.name)
-        if item.name.endswith(".gguf") and "mmproj" not in item.name.lower() and find_scheme(stem):
-            sizes[stem] += item.n_bytes
-            names.setdefault(stem, []).append(item.name)
-    whole = [stem for stem in sizes if len(names[stem]) == 1]
-    if not whole:
-        raise ModelNotFound(
-            f"{repository} has no GGUF file in one part whose name says its scheme, such as Q8_0; name another"
-        )
-    least = min(whole, key=lambda stem: sizes[stem])
-    file = _remote(repository, hub, names[least][0], sizes[least], folder)
-    like = describe(file, least)
-    found = []
-    for stem, n_bytes in sizes.items():
-        scheme, n_bits = find_scheme(stem) or ("", 0)
-        bits = 8 * n_bytes / like.n_parameters
-        one = replace(
-            like,
-            name=f"{repository}/{stem}",
-            n_bytes=n_bytes,
-            bits_per_weight=bits,
-            n_bits=n_bits,
-            scheme=scheme,
-            source_scheme="",
-        )
-        found.append(Source(one, file))
-    return found
-
-
-def _remote(repository: str, hub: Ranged, name: str, n_bytes: int, folder: Path) -> ModelFile:
-    """The tensor table of a published file, from the store if it is there, else from its first megabytes."""
-    path = folder / repository / name
-    if path.is_file():
-        return ModelFile(path)
-    head = hub.head(repository, name, _HEAD_BYTES)
-    with tempfile.TemporaryDirectory(prefix="localreason-") as scratch:
-        path = Path(scratch) / Path(name).name
-        path.write_bytes(head)
-        os.truncate(path, max(n_bytes, len(head)))  # a hole in place of the weights, whose end is checked
-        try:
-            return ModelFile(path)
-        except ModelBroken as error:
-            raise ModelUnsupported(
-                f"{name} of {repository} is damaged, or its header is longer than {_HEAD_BYTES} bytes; "
-                f"pull a file of it and name that"
-            ) from error
-
-
 def _cut(sources: list[Source]) -> list[Source]:
     """Those that a ring can run."""
     found, problem = [], None
     for source in sources:
         try:
+            if source.file is None:
+                raise ModelUnsupported(
+                    f"{source.candidate.name} is in several parts, which a ring does not take; "
+                    f"join them with `llama-gguf-split --merge`"
+                )
             source.file.check_cut()
             found.append(source)
         except ModelUnsupported as error:
             problem = error
-            _tell(f"passed over: {error}")
+            tell(f"passed over: {error}")
     if problem and not found:
         raise problem
     return found
@@ -251,6 +145,21 @@ def _ring(devices: Path, sources: list[Source]) -> tuple[Room, str]:
     machines, links = read_devices(devices)
     free = sum(machine.memory_bytes + machine.gpu_memory_bytes for machine in machines)
     return Ring(machines, links, sources), f"{size(free)} on {len(machines)} machine(s)"
+
+
+def _machine() -> tuple[Room, str]:
+    free = free_memory()
+    return Machine(free, repacked_schemes(cpu_features())), describe_free(free, [one.name for one in backends()])
+
+
+def describe_free(free: Free, names: Iterable[str]) -> str:
+    """What is free, and where; `names` of the devices, the CPU among them."""
+    if free.gpu_bytes is None:
+        return f"{size(free.host_bytes)} free"
+    gpus = " and ".join(name for name in names if name != "CPU")
+    if free.is_shared:
+        return f"{size(free.host_bytes)} free, {size(free.gpu_bytes)} of them for the GPU {gpus}"
+    return f"{size(free.host_bytes)} free and {size(free.gpu_bytes)} on the GPU {gpus}"
 
 
 def _read_measured(paths: list[Path]) -> dict[str, tuple[Measured, ...]]:
@@ -290,7 +199,11 @@ def _base(name: str) -> str:
 
 
 def _row(option: Option) -> dict[str, Any]:
-    return asdict(option) | {"verdict": option.verdict.name.lower()}
+    candidate = asdict(replace(option.candidate, header=None))
+    del candidate["header"]
+    row = {item.name: getattr(option, item.name) for item in fields(option)}
+    measured = [asdict(one) for one in option.measured]
+    return row | {"candidate": candidate, "verdict": option.verdict.name.lower(), "measured": measured}
 
 
 def _table(options: list[Option]) -> list[str]:
@@ -306,7 +219,3 @@ def _table(options: list[Option]) -> list[str]:
         )
         lines += [f"    {text}" for text in (*option.warnings, *option.reasons)]
     return lines
-
-
-def _tell(sentence: str) -> None:
-    print(f"localreason: {safe(sentence)}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..runtime.errors import InputError, ModelUnsupported, OutputError
+from ..runtime.errors import InputError, OutputError
 from . import build, checksum, config, problems
 from .quant_report import drift_lines, paired_lines
 from .render import safe
@@ -135,15 +135,13 @@ def _measure(wiring: build.Wiring, sides: list[Side], on: "_On", show: Callable[
 def _describe(side: Side) -> dict[str, Any]:
     """What is known of the weights and the cache of one side."""
     from ..quant.choose import describe
-    from ..quant.gguf import ModelFile
+    from ..runtime.parts import join, read_local
 
     row: dict[str, Any] = {"name": side.path.name, "sha256": checksum.sha256(side.path), "cache_type": side.cache_type}
-    row |= {"bytes": side.path.stat().st_size, "scheme": None, "bits_per_weight": None}
-    try:
-        known = describe(ModelFile(side.path), side.path.name)
-    except ModelUnsupported:
-        return row  # llama.cpp may know more of it, such as its other parts
-    return row | {"scheme": known.scheme, "bits_per_weight": round(known.bits_per_weight, 4)}
+    header = join(read_local(side.path))
+    known = describe(header, side.path.name)
+    row |= {"bytes": header.n_bytes, "scheme": known.scheme}
+    return row | {"bits_per_weight": round(known.bits_per_weight, 4)}
 
 
 def _drift(sides: list[Side], on: _On) -> "tuple[dict[str, Any], Drift]":

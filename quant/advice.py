@@ -36,7 +36,9 @@ def _beside(options: list[Option]) -> list[str]:
     second = next((option for option in options[1:] if option.verdict <= Verdict.SHORT), None)
     if second is not None:
         other = second.candidate
-        if best.verdict < second.verdict:
+        if other.n_bits < 4 <= best.candidate.n_bits:
+            found.append(f"the {other.n_bits}-bit weights of {other.name} come after all that the rules allow")
+        elif best.verdict < second.verdict:
             found.append(f"{other.name} fits with less context only")
         elif other.n_parameters * SAME_SIZE <= n:
             found.append(f"a larger model comes before more bits, so before {other.name}")

@@ -11,19 +11,20 @@ rounded to whole billions.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Protocol
 
 from ..runtime.errors import ModelUnsupported, OutOfMemory
-from ..runtime.native import CACHE_TYPES
-from ..runtime.room import cell_bytes, fitting_cells
-from .gguf import ModelFile
+from ..runtime.fit import N_BATCH_CPU, N_BATCH_GPU, Free, Wish, fit
+from ..runtime.header import Header
+from ..runtime.memory import is_cache_possible, split_usage, token_bytes, weights_bytes
 from .weights import find_precision
 
 SAME_SIZE = 1.5
 """Models of which one has less than this many times the other's parameters count as equally large."""
 _BILLION = 10**9
+_N_CONTEXT_UNKNOWN = 4096
 _REINFORCED = re.compile(r"(?:^|[^a-z])qwq(?:[^a-z]|$)", re.IGNORECASE)
 """Names of models that were trained by reinforcement and measured to lose more; of others nothing is known."""
 _BITS = re.compile(r"(?:^|[-._/])(?:UD-)?((?:BF|FP|F|I?Q|TQ|MXFP|NVFP)(\d+)(?:_[A-Z0-9]+)*)(?=[-.]|$)", re.IGNORECASE)
@@ -43,8 +44,7 @@ class Verdict(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A file that could be taken. `n_bits` is the class of its weights: 4 for Q4_K_M, although its
-    `bits_per_weight` are more, and for what was made of 4 bits; `cell_bytes` are the cache bytes of one token by
-    cache type."""
+    `bits_per_weight` are more, and for what was made of 4 bits. `header` is None where none was read."""
 
     name: str
     n_bytes: int
@@ -53,8 +53,8 @@ class Candidate:
     n_bits: int
     scheme: str
     architecture: str
-    cell_bytes: Mapping[str, float]
     n_context_train: int
+    header: Header | None = field(default=None, compare=False, repr=False)
     is_reinforced: bool = False
     """Trained by reinforcement, as far as the names tell."""
     source_scheme: str = ""
@@ -93,9 +93,11 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a room has for a file: the tokens of context, 0 where it does not fit, and seconds a token where known."""
+    """What a room has for a file: the tokens of context, 0 where it does not fit, the bytes that they, or all that were
+    wanted, need with the weights, and seconds a token where known."""
 
     n_context: int
+    needed_bytes: int
     token_seconds: float | None = None
 
 
@@ -122,22 +124,29 @@ class Room(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One machine without a GPU and its free bytes."""
+    """One machine and what is free on it, as loading counts it; `repacked` as in `split_usage`."""
 
-    free_bytes: int
+    free: Free
+    repacked: frozenset[str] = frozenset()
 
     def fit(self, candidate: Candidate, cache_type: str, n_context: int) -> Fit:
-        wanted = -(-n_context // 256) * 256
+        assert candidate.header is not None
+        header, n_batch = candidate.header, N_BATCH_CPU if self.free.gpu_bytes is None else N_BATCH_GPU
+        # A published file may have more bytes than the types say that stand in for its own.
+        rest = max(0, candidate.n_bytes - header.data_offset - weights_bytes(header))
+        free = replace(self.free, host_bytes=max(0, self.free.host_bytes - rest))
         try:
-            n_cells = fitting_cells(wanted, candidate.cell_bytes[cache_type], candidate.n_bytes, self.free_bytes)
+            found = fit(header, Wish(None, n_context, n_context, cache_type, n_batch=n_batch), free, self.repacked)
         except OutOfMemory:
-            return Fit(0)
-        return Fit(min(n_cells, n_context))
+            usage = split_usage(header, n_context, cache_type, n_batch, repacked=self.repacked)
+            return Fit(0, usage["host"].needed_bytes + rest)
+        needed = sum(usage.needed_bytes for usage in found.usage.values())
+        return Fit(min(found.n_context, n_context), needed + rest)
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A candidate judged; `needed_bytes` are weights and cache."""
+    """A candidate judged; `needed_bytes` are all that it takes."""
 
     candidate: Candidate
     verdict: Verdict
@@ -156,25 +165,25 @@ def find_scheme(name: str) -> tuple[str, int] | None:
     return (found[-1][0].upper(), int(found[-1][1])) if found else None
 
 
-def describe(file: ModelFile, name: str) -> Candidate:
-    """A file as a candidate. Raises ModelUnsupported for a file of a vocabulary only."""
-    n_parameters = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
-    n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
-    if not any(len(tensor.shape) > 1 for tensor in file.tensors.values()):
-        raise ModelUnsupported(f"{file.path} has no matrices of weights; give a whole model")
-    precision, title = find_precision(file.header), file.header.values.get("general.name")
+def describe(header: Header, name: str, file_name: str = "") -> Candidate:
+    """A model as a candidate. Raises ModelUnsupported for one without matrices."""
+    if not any(len(entry.shape) > 1 for entry in header.tensors):
+        raise ModelUnsupported(f"{name} has no matrices of weights; give a whole model")
+    precision, values = find_precision(header), header.values
+    architecture = str(values.get("general.architecture", ""))
+    n_train, title = values.get(f"{architecture}.context_length"), values.get("general.name")
     return Candidate(
         name=name,
-        n_bytes=n_bytes,
-        n_parameters=n_parameters,
+        n_bytes=weights_bytes(header),
+        n_parameters=sum(math.prod(entry.shape) for entry in header.tensors),
         bits_per_weight=precision.bits_per_weight,
         n_bits=precision.weight_bits,
         scheme=precision.scheme,
         source_scheme=precision.source_scheme if precision.is_inflated else "",
-        architecture=file.architecture,
-        cell_bytes={kind: cell_bytes(file.header.values, kind) for kind in CACHE_TYPES},
-        n_context_train=file.n_context_train,
-        is_reinforced=any(_REINFORCED.search(text) for text in (name, file.path.name, title) if isinstance(text, str)),
+        architecture=architecture,
+        n_context_train=n_train if isinstance(n_train, int) and n_train > 0 else _N_CONTEXT_UNKNOWN,
+        header=header,
+        is_reinforced=any(_REINFORCED.search(text) for text in (name, file_name, title) if isinstance(text, str)),
     )
 
 
@@ -192,14 +201,20 @@ def rank(
     wish = _Wish(n_context, is_forced, is_hard)
     options = [_judge(candidate, room, wish, known.get(candidate.name, ())) for candidate in candidates]
     levels = _levels(options)
-    order = sorted(range(len(options)), key=lambda i: (options[i].verdict, *_preference(options[i], levels[i], wish)))
+    order = sorted(range(len(options)), key=lambda i: (*_class(options[i]), *_preference(options[i], levels[i], wish)))
     return [options[i] for i in order]
+
+
+def _class(option: Option) -> tuple[int, int]:
+    """What fits by the rules comes first, then what fits against them, then the rest."""
+    is_taken = option.verdict <= Verdict.SHORT
+    return (0 if is_taken and option.candidate.n_bits >= 4 else 1 if is_taken else 2, option.verdict)
 
 
 def _levels(options: list[Option]) -> dict[int, int]:
     """By place: 0 for the largest models that can be taken and those about as large, 1 for the next, and so on."""
     levels, level, largest = dict[int, int](), 0, 0
-    for i in sorted(range(len(options)), key=lambda i: (options[i].verdict, -options[i].candidate.n_parameters)):
+    for i in sorted(range(len(options)), key=lambda i: (*_class(options[i]), -options[i].candidate.n_parameters)):
         n = options[i].candidate.n_parameters
         if n * SAME_SIZE <= largest or n > largest:
             level, largest = level + 1, n
@@ -230,21 +245,21 @@ def _judge(candidate: Candidate, room: Room, wish: _Wish, measured: tuple[Measur
     kinds = cache_types(candidate, is_forced, has_more)
     fits = [(kind, room.fit(candidate, kind, n_context)) for kind in kinds]
     # The first type that holds all of it, else the one that holds most.
-    kind, fit = next((pair for pair in fits if pair[1].n_context >= n_context), max(fits, key=lambda p: p[1].n_context))
-    verdict = Verdict.FITS if fit.n_context >= n_context else Verdict.SHORT if fit.n_context else Verdict.LARGE
+    kind, found = next(
+        (pair for pair in fits if pair[1].n_context >= n_context), max(fits, key=lambda p: p[1].n_context)
+    )
+    verdict = Verdict.FITS if found.n_context >= n_context else Verdict.SHORT if found.n_context else Verdict.LARGE
     if is_refused:
         (warnings if is_forced else reasons).append(is_refused)
         verdict = verdict if is_forced else Verdict.REFUSED
     if verdict is Verdict.SHORT:
-        warnings.append(f"only {fit.n_context} of {n_context} tokens of context fit")
+        warnings.append(f"only {found.n_context} of {n_context} tokens of context fit")
     warnings += _cache_warnings(candidate, kind, has_more)
     if any(one.is_worse(kind) for one in measured):
         warnings.append("it was measured to answer worse than its reference, by more than chance")
-    n_held = fit.n_context or n_context
-    needed = candidate.n_bytes + int(candidate.cell_bytes[kind] * n_held)
-    return Option(
-        candidate, verdict, kind, n_held, needed, fit.token_seconds, tuple(reasons), tuple(warnings), measured
-    )
+    n_held = found.n_context or n_context
+    texts = (tuple(reasons), tuple(warnings))
+    return Option(candidate, verdict, kind, n_held, found.needed_bytes, found.token_seconds, *texts, measured)
 
 
 def _weights(candidate: Candidate, has_more: bool) -> tuple[list[str], list[str], str]:
@@ -279,7 +294,12 @@ def cache_types(candidate: Candidate, is_forced: bool = False, has_more: bool = 
     is_four = candidate.n_bits <= 4
     if (size >= 14 and not has_more) or (is_forced and not (is_small_qwen and is_four)):
         allowed.append("q4_0")
-    return allowed if any(candidate.cell_bytes.values()) else ["f16"]  # a recurrent model has no such cache
+    header = candidate.header
+    if header is None:
+        return allowed
+    if not token_bytes(header, "f16"):  # a recurrent model has no such cache
+        return ["f16"]
+    return [kind for kind in allowed if is_cache_possible(header, kind)] or ["f16"]
 
 
 def _cache_warnings(candidate: Candidate, kind: str, has_more: bool) -> list[str]:

@@ -11,8 +11,10 @@ from .errors import OutOfMemory
 from .header import Header
 from .memory import N_PADDED, Usage, is_cache_possible, split_usage, token_bytes
 
-_RESERVE_BYTES = 512 << 20
+RESERVE_BYTES = 512 << 20
 """Left to the rest of the machine, and on each GPU to its driver, where the size of the cache is our choice."""
+N_BATCH_CPU, N_BATCH_GPU = 128, 512
+"""Tokens of a batch where no number is asked for."""
 _N_USUAL = 4096
 """Tokens of context for which a layer is rather left to the CPU, where no size is asked for."""
 
@@ -28,7 +30,7 @@ class Wish:
     """Tokens of all sequences beyond which a larger context has no use."""
     cache_type: str | None = None
     n_gpu_layers: int | None = None
-    n_batch: int = 128
+    n_batch: int = N_BATCH_CPU
     n_sequences: int = 1
     is_mapped: bool = True
     """Whether weights are mapped from the file, so that they may stay on the disk."""
@@ -116,10 +118,10 @@ class _Place:
         host, gpu = usage["host"], usage.get("gpu", Usage())
         # A context that was asked for may take the last byte, and leave weights on the disk.
         is_exact = self.wish.n_context is not None
-        reserve = 0 if is_exact else _RESERVE_BYTES
+        reserve = 0 if is_exact else RESERVE_BYTES
         needed = (host.locked_bytes if is_exact and self.wish.is_mapped else host.needed_bytes) + reserve
         if gpu.total_bytes and free.gpu_bytes is not None:
-            if gpu.total_bytes + _RESERVE_BYTES * free.n_gpus > free.gpu_bytes:
+            if gpu.total_bytes + RESERVE_BYTES * free.n_gpus > free.gpu_bytes:
                 return False
             needed += gpu.total_bytes if free.is_shared else 0
         return needed <= free.host_bytes
@@ -134,9 +136,9 @@ class _Place:
         kind, n_layers = self.kinds[-1], self.layers()[-1]
         usage, free = self.usage(n_layers, kind, n_cells), self.free
         if self.wish.n_context is None:
-            needed = usage["host"].needed_bytes + _RESERVE_BYTES
+            needed = usage["host"].needed_bytes + RESERVE_BYTES
             return OutOfMemory(
-                f"the model takes {needed} bytes with a cache of {n_cells} tokens and {_RESERVE_BYTES} left to the "
+                f"the model takes {needed} bytes with a cache of {n_cells} tokens and {RESERVE_BYTES} left to the "
                 f"rest, and {free.host_bytes} are free; close other programs, or take a smaller file"
             )
         remedy = "" if kind != "f16" or self.per_cell["q8_0"] == 0 else " or the cache type q8_0"

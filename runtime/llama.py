@@ -12,7 +12,7 @@ from . import devices
 from .cache import Cache
 from .engine import Batch, Logits
 from .errors import InputError, OutOfMemory, StateError
-from .fit import Fit, Free, Wish, fit
+from .fit import N_BATCH_CPU, N_BATCH_GPU, Fit, Free, Wish, fit
 from .grammar import Grammar
 from .header import Header, check_header
 from .memory import repacked_schemes
@@ -22,7 +22,6 @@ from .room import Memory, available_bytes, cell_bytes
 from .state import fingerprint, read_state, write_state
 
 _ALL_LAYERS = 10_000
-_N_BATCH_CPU, _N_BATCH_GPU = 128, 512
 _N_CONTEXT_UNKNOWN = 4096
 
 
@@ -230,7 +229,7 @@ def load_tokenizer(path: Path) -> LlamaTokenizer:
 def _complete(options: EngineOptions) -> EngineOptions:
     """The options with batch and threads decided, and no layers for a GPU that is not there."""
     has_gpu = library().llama_supports_gpu_offload() and options.n_gpu_layers != 0
-    n_batch = options.n_batch or (_N_BATCH_GPU if has_gpu else _N_BATCH_CPU)
+    n_batch = options.n_batch or (N_BATCH_GPU if has_gpu else N_BATCH_CPU)
     return replace(
         options,
         n_gpu_layers=options.n_gpu_layers if has_gpu else 0,
@@ -239,19 +238,24 @@ def _complete(options: EngineOptions) -> EngineOptions:
     )
 
 
+def free_memory(is_gpu_wanted: bool = True) -> Free:
+    """What is free now on this machine and, if they are wanted, on its GPUs."""
+    gpu = devices.gpu_memory() if is_gpu_wanted else None
+    if gpu is None:
+        return Free(available_bytes())
+    return Free(available_bytes(), gpu.free_bytes, gpu.n_devices, gpu.is_shared)
+
+
 def _fit(header: Header, options: EngineOptions) -> Fit:
     """What the memory that is free now holds of the options. Raises OutOfMemory, ModelUnsupported."""
-    gpu = devices.gpu_memory() if options.n_gpu_layers != 0 else None
-    free = Free(available_bytes())
-    if gpu is not None:
-        free = Free(free.host_bytes, gpu.free_bytes, gpu.n_devices, gpu.is_shared)
+    free = free_memory(options.n_gpu_layers != 0)
     n_train = header.values.get(f"{header.values.get('general.architecture')}.context_length")
     wish = Wish(
         options.n_context,
         n_train if isinstance(n_train, int) and n_train > 0 else _N_CONTEXT_UNKNOWN,
         options.n_needed,
         options.cache_type,
-        _ALL_LAYERS if options.n_gpu_layers is None and gpu is None else options.n_gpu_layers,
+        _ALL_LAYERS if options.n_gpu_layers is None and free.gpu_bytes is None else options.n_gpu_layers,
         options.n_batch or 1,
         options.n_sequences,
         options.use_mmap,

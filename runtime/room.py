@@ -1,4 +1,4 @@
-"""How much memory there is, and how many cells of cache fit into it."""
+"""How much memory there is, and what a cache takes of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +9,7 @@ import psutil
 
 from .errors import OutOfMemory
 
-_RESERVE_BYTES = 512 << 20
-"""Left to the rest of the machine and to llama.cpp's scratch buffers."""
 _BYTES_PER_VALUE = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-_FEWEST_CELLS = 256
 _CGROUPS = (
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
@@ -64,18 +61,6 @@ def cell_bytes(header: Mapping[str, Any], cache_type: str) -> float:
     width = n_embd // highest(n_heads) if highest(n_heads) else 0
     n_values = n_kv_all * sum(highest(get(f"attention.{part}_length", width)) for part in ("key", "value"))
     return n_values * _BYTES_PER_VALUE[cache_type]
-
-
-def fitting_cells(n_wanted: int, per_cell: float, weights_bytes: int, free_bytes: int) -> int:
-    """Cells for `n_wanted` tokens, or what the free memory holds beside the weights. Raises OutOfMemory."""
-    left = max(0, free_bytes - weights_bytes - _RESERVE_BYTES)
-    n_fitting = int(left / per_cell) if per_cell else n_wanted
-    if n_fitting < _FEWEST_CELLS:
-        raise OutOfMemory(
-            f"{left} bytes are free beside the weights and a cache of {_FEWEST_CELLS} tokens takes "
-            f"{int(_FEWEST_CELLS * per_cell)}; close other programs, take the cache type q8_0 or a smaller file"
-        )
-    return max(_FEWEST_CELLS, min(n_wanted, n_fitting) // _FEWEST_CELLS * _FEWEST_CELLS)
 
 
 def check_room(n_context: int, per_cell: float, free_bytes: int) -> None:

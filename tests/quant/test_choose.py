@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from localreason.cli.quant_choose import describe_free
 from localreason.quant.advice import explain
 from localreason.quant.choose import (
     Candidate,
@@ -16,28 +17,42 @@ from localreason.quant.choose import (
     find_scheme,
     rank,
 )
-from localreason.quant.gguf import ModelFile
+from localreason.runtime.fit import Free, Wish, fit
+from localreason.runtime.header import Header, TensorEntry, read_table
+from localreason.runtime.schemes import SCHEMES
 from tests.gguf_models import write_model
 
 GIB = 1 << 30
 _BITS = {"F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.6, "Q5_K_M": 5.7, "Q4_K_M": 4.9, "Q3_K_L": 4.2, "Q2_K": 3.3}
 
 
-def candidate(billions, scheme, architecture="llama", n_context_train=32768):
-    """A model of this size with a cache of 100 kB a token and billion."""
+def header(n_bytes, n_cell_bytes, n_embd=4096, n_heads=32):
+    """A model of one matrix of this size and a 16-bit cache of this many bytes a token."""
+    sizes = {"block_count": 1, "embedding_length": n_embd, "feed_forward_length": 4 * n_embd}
+    sizes |= {"attention.head_count": n_heads, "attention.head_count_kv": round(n_cell_bytes * n_heads / 4 / n_embd)}
+    values = {"general.architecture": "llama"} | {f"llama.{name}": size for name, size in sizes.items()}
+    return Header(values, {}, [TensorEntry("blk.0.ffn_up.weight", (256, n_bytes // 256), SCHEMES["I8"].kind, 0)])
+
+
+def candidate(billions, scheme, architecture="llama", n_context_train=32768, **shape):
+    """A model of this size with a cache of about 100 kB a token and billion."""
     n = int(billions * 1e9)
-    cell = 100e3 * billions**0.5
+    n_bytes = int(n * _BITS[scheme] / 8)
     return Candidate(
         name=f"m{billions:g}-{scheme}",
-        n_bytes=int(n * _BITS[scheme] / 8),
+        n_bytes=n_bytes,
         n_parameters=n,
         bits_per_weight=_BITS[scheme],
         n_bits=int(find_scheme(scheme)[1]),
         scheme=scheme,
         architecture=architecture,
-        cell_bytes={"f16": cell, "q8_0": cell * 17 / 32, "q4_0": cell * 9 / 32},
         n_context_train=n_context_train,
+        header=header(n_bytes, 100e3 * billions**0.5, **shape),
     )
+
+
+def described(path):
+    return describe(read_table(path), path.name)
 
 
 def names(options):
@@ -45,7 +60,7 @@ def names(options):
 
 
 def ranked(free_gib, *candidates, n_context=8192, **rest):
-    return rank(candidates, Machine(int(free_gib * GIB)), n_context, **rest)
+    return rank(candidates, Machine(Free(int(free_gib * GIB))), n_context, **rest)
 
 
 def test_eight_bits_are_the_default_even_where_sixteen_fit():
@@ -84,8 +99,13 @@ def test_below_four_bits_is_refused_unless_forced():
     assert names(found) == ["m1-Q8_0", "m14-Q3_K_L"]
     assert found[1].verdict is Verdict.REFUSED
     forced = ranked(64, *files, is_forced=True)
-    assert names(forced) == ["m14-Q3_K_L", "m1-Q8_0"]
-    assert any("3-bit weights cost" in text for text in forced[0].warnings)
+    assert names(forced) == ["m1-Q8_0", "m14-Q3_K_L"], "what the rules allow comes first all the same"
+    assert forced[1].verdict is Verdict.FITS
+    assert any("3-bit weights cost" in text for text in forced[1].warnings)
+    assert "3-bit weights of m14-Q3_K_L come after all that the rules allow" in explain(forced, "64 GiB free")[1]
+    short = ranked(1.9, candidate(1, "Q8_0"), candidate(1, "Q2_K"), n_context=32768, is_forced=True)
+    assert [(one.candidate.n_bits, one.verdict) for one in short] == [(8, Verdict.SHORT), (2, Verdict.FITS)]
+    assert names(ranked(64, files[0], is_forced=True)) == ["m14-Q3_K_L"]
     refused = explain(ranked(64, files[0]), "64 GiB free")
     assert refused[0].startswith("Take none")
     assert "--force" in refused[0]
@@ -111,16 +131,15 @@ def test_cache_types_go_by_size_and_four_bits_twice_are_never_for_small_qwen(
 
 def test_a_smaller_cache_type_is_taken_where_the_preferred_does_not_hold_the_context():
     file = candidate(16, "Q4_K_M")
-    cells = {kind: file.cell_bytes[kind] * 32768 for kind in file.cell_bytes}
-    free = file.n_bytes + (512 << 20) + int(cells["q4_0"]) + 256 * 10**6
-    [option] = rank([file], Machine(free), 32768)
+    needed = Machine(Free(GIB)).fit(file, "q4_0", 32768).needed_bytes
+    [option] = rank([file], Machine(Free(needed + (512 << 20))), 32768)
     assert (option.verdict, option.cache_type, option.n_context) == (Verdict.FITS, "q4_0", 32768)
     assert any("4-bit cache" in text for text in option.warnings)
 
 
 def test_less_context_than_asked_for_comes_after_what_fits_whole():
     large, small = candidate(3, "Q8_0"), candidate(1, "Q8_0")
-    found = rank([large, small], Machine(large.n_bytes + (512 << 20) + 300 * 10**6), 8192)
+    found = rank([large, small], Machine(Free(large.n_bytes + (512 << 20) + 400 * 10**6)), 8192)
     assert [(option.candidate, option.verdict) for option in found] == [(small, Verdict.FITS), (large, Verdict.SHORT)]
     assert 256 <= found[1].n_context < 8192
     assert any("of 8192 tokens" in text for text in found[1].warnings)
@@ -164,7 +183,7 @@ def test_nothing_that_fits_is_said_with_what_the_smallest_needs():
 def test_seconds_that_a_room_knows_are_said():
     class Fast:
         def fit(self, candidate, cache_type, n_context):
-            return Fit(n_context, 0.0421)
+            return Fit(n_context, GIB, 0.0421)
 
     assert "42.1 ms a token" in explain(rank([candidate(1, "Q8_0")], Fast(), 4096), "a cluster")[0]
 
@@ -186,14 +205,47 @@ def test_schemes_are_read_from_names(name, scheme):
 
 
 def test_a_file_is_described_by_its_tensors(tiny_model, tmp_path):
-    found = describe(ModelFile(tiny_model), "tiny")
+    found = described(tiny_model)
     assert (found.scheme, found.n_bits, found.bits_per_weight) == ("F32", 32, 32)
     assert found.n_bytes == 4 * found.n_parameters
-    # One layer has one head of keys and values, each 32 numbers of two bytes.
-    assert found.cell_bytes["f16"] == 2 * 2 * 32 * 2
-    recurrent = describe(ModelFile(write_model(tmp_path / "mamba.gguf", "mamba")), "mamba")
+    recurrent = described(write_model(tmp_path / "mamba.gguf", "mamba"))
     assert cache_types(recurrent) == ["f16"]
-    assert Machine(GIB).fit(recurrent, "f16", 1000).n_context == 1000
+    assert Machine(Free(GIB)).fit(recurrent, "f16", 1000).n_context == 1000
+
+
+@pytest.mark.parametrize("free_mib", range(40, 72, 4))
+def test_a_context_that_is_recommended_can_be_loaded_by_the_same_arithmetic(tmp_path, free_mib):
+    """The weights' copies, the vocabulary and llama.cpp's buffers count too: a file of 1 MiB needs far more."""
+    sizes = {"llama.context_length": 1 << 20}
+    file = described(write_model(tmp_path / "tiny.gguf", values=sizes, extra={"blk.0.spare.weight": (256, 256)}))
+    assert file.header is not None
+    free = Free((512 + free_mib) << 20)
+    found = Machine(free).fit(file, "f16", 1 << 17)
+    if found.n_context:
+        assert found.needed_bytes <= free.host_bytes
+        assert fit(file.header, Wish(found.n_context, 1 << 20, cache_type="f16"), free).n_context >= found.n_context
+    loaded = fit(file.header, Wish(None, 1 << 20, 1 << 17, "f16"), free).n_context if found.n_context else 0
+    assert found.n_context == loaded
+
+
+def test_a_gpu_counts_and_is_named():
+    file = candidate(8, "Q8_0")
+    assert ranked(4, file)[0].verdict is Verdict.LARGE
+    free = Free(12 * GIB, 24 * GIB)
+    [option] = rank([file], Machine(free), 8192)
+    assert option.verdict is Verdict.FITS
+    assert option.needed_bytes > file.n_bytes
+    assert describe_free(free, ["CUDA0", "CPU"]) == "12.00 GiB free and 24.00 GiB on the GPU CUDA0"
+    assert describe_free(Free(GIB), ["CPU"]) == "1.00 GiB free"
+    assert describe_free(Free(12 * GIB, 8 * GIB, 1, True), ["Metal", "CPU"]).endswith(
+        "8.00 GiB of them for the GPU Metal"
+    )
+
+
+def test_cache_types_that_the_heads_do_not_fill_are_not_recommended():
+    odd = candidate(8, "Q8_0", n_embd=2560, n_heads=32)
+    assert cache_types(odd) == cache_types(odd, is_forced=True) == ["f16"]
+    assert ranked(64, odd)[0].cache_type == "f16"
 
 
 def test_hard_tasks_get_one_class_more_bits():
@@ -210,14 +262,16 @@ def test_hard_tasks_get_no_four_bit_cache_and_are_told_of_eight_bits():
     large = candidate(32, "Q8_0")
     assert cache_types(large) == ["q8_0", "q4_0"]
     assert cache_types(large, has_more=True) == ["f16", "q8_0"]
-    needed = (large.n_bytes + 0.7 * large.cell_bytes["f16"] * 32768) / GIB + 0.5
+    full, half = (Machine(Free(GIB)).fit(large, kind, 32768).needed_bytes for kind in ("f16", "q8_0"))
+    needed = (full + half) / 2 / GIB + 0.5
     [option] = ranked(needed, large, n_context=32768, is_hard=True)
     assert (option.cache_type, option.verdict) == ("q8_0", Verdict.FITS)
     assert "hard tasks" in option.warnings[0]
 
 
 def test_a_model_trained_by_reinforcement_is_known_by_its_name(tmp_path):
-    assert describe(ModelFile(write_model(tmp_path / "QwQ-32B-Q8_0.gguf")), "x").is_reinforced
-    assert not describe(ModelFile(write_model(tmp_path / "qwen3.gguf")), "aqwqa").is_reinforced
+    file = read_table(write_model(tmp_path / "any.gguf"))
+    assert describe(file, "x", "QwQ-32B-Q8_0.gguf").is_reinforced
+    assert not describe(file, "aqwqa", "qwen3.gguf").is_reinforced
     files = [replace(candidate(32, scheme), is_reinforced=True) for scheme in ("Q8_0", "F16")]
     assert names(ranked(256, *files)) == ["m32-F16", "m32-Q8_0"]

@@ -28,6 +28,7 @@ from localreason.runtime.errors import (
     ModelUnsupported,
     OutputError,
 )
+from localreason.runtime.fit import Free
 from localreason.runtime.llama import EngineOptions, load
 from tests.gguf_models import write_model
 
@@ -126,8 +127,8 @@ def test_the_fewest_bits_on_the_way_from_the_first_source_are_recorded(tiny_mode
 
     said = [file.header.values["localreason.convert.source_scheme"] for file in (low, high, again)]
     assert said == ["F32", "Q4_0", "Q4_0"]
-    assert describe(again, "again").n_bits == 4
-    assert "made of Q4_0" in rank([describe(high, "high")], Machine(1 << 40), 512)[0].warnings[-1]
+    assert describe(again.header, "again").n_bits == 4
+    assert "made of Q4_0" in rank([describe(high.header, "high")], Machine(Free(1 << 40)), 512)[0].warnings[-1]
 
 
 @pytest.mark.parametrize(

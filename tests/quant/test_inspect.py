@@ -18,7 +18,6 @@ import pytest
 from localreason.cli.main import ExitCode, main
 from localreason.quant.backend import effective
 from localreason.quant.choose import describe
-from localreason.quant.gguf import ModelFile
 from localreason.quant.inspect import Report, inspect
 from localreason.quant.source import read_remote
 from localreason.runtime.devices import Backend, backends, cpu_features
@@ -147,7 +146,7 @@ def test_weights_made_of_fewer_bits_are_told_and_counted_as_those(home: Path):
     found = report(path)
     assert (found.precision.scheme, found.precision.weight_bits) == ("Q8_0", 4)
     assert warned(found, "Q8_0 weights were made of Q4_1 and are no better")
-    known = describe(ModelFile(path), "m")
+    known = describe(read_table(path), "m")
     assert (known.scheme, known.n_bits, known.source_scheme) == ("Q8_0", 4, "Q4_1")
     better = write_large(home / "n.gguf", "Q8_0", 120, **{"localreason__convert__source_scheme": "F16"})
     assert report(better).warnings == ()
@@ -155,7 +154,7 @@ def test_weights_made_of_fewer_bits_are_told_and_counted_as_those(home: Path):
 
 def test_one_file_has_one_scheme_for_inspect_and_for_choose(home: Path):
     path = write_large(home / "m.gguf", "Q4_K", 120, file_type=FTYPES["Q4_K_M"])
-    assert describe(ModelFile(path), "m").scheme == report(path).precision.scheme == "Q4_K_M"
+    assert describe(read_table(path), "m").scheme == report(path).precision.scheme == "Q4_K_M"
 
 
 def test_advice_about_precision_is_that_of_size_and_cache(home: Path):

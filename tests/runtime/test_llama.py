@@ -176,13 +176,6 @@ class TestRoom:
             assert (engine.n_context, engine.n_context_sequence, engine.n_context_train) == (1024, 512, 512)
             assert engine.memory.cache_bytes == 1024 * 2 * 2 * 32 * 2
 
-    def test_cells_are_what_the_memory_holds(self):
-        free = (512 << 20) + 1000 + 300 * 100
-        assert room.fitting_cells(10_000, 100, 1000, free) == 256
-        assert room.fitting_cells(512, 0.0, 1000, free) == 512
-        with pytest.raises(OutOfMemory, match="close other programs"):
-            room.fitting_cells(10_000, 1000, 1000, free)
-
     def test_heads_of_each_layer_are_counted(self):
         header = {
             "general.architecture": "x",

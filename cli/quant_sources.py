@@ -1,0 +1,165 @@
+"""The files that `localreason quant choose` considers: named, stored, or published."""
+
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import typer
+
+from ..quant.choose import Candidate, describe, find_scheme
+from ..quant.gguf import ModelFile
+from ..runtime.errors import InputError, ModelBroken, ModelError, ModelNotFound, ModelUnsupported
+from ..runtime.header import Header
+from ..runtime.parts import join, read_local
+from ..runtime.schemes import KINDS, MAIN_SCHEMES, SCHEMES
+from . import build, store
+from .hub import Hub
+from .render import safe
+
+_HEAD_BYTES = 1 << 24
+"""Of a published file: more than metadata, vocabulary and tensor table of known models take."""
+_PART = re.compile(r"(?:-\d{5}-of-\d{5})?\.gguf$")
+_SIZE_WORD = re.compile(r"_(?:XXS|XS|S|M|L|XL|NL)$")
+
+
+class Ranged(Hub, Protocol):
+    """A hub that can send the beginning of a file."""
+
+    def head(self, repository: str, name: str, n_bytes: int) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A candidate, and the file whose tensor table stands for it: its own, or that of another scheme of the model.
+    None for a model in several parts."""
+
+    candidate: Candidate
+    file: ModelFile | None
+
+
+def find_sources(context: typer.Context, files: list[str], repositories: list[str], folder: Path) -> list[Source]:
+    """What is named, or else all models of the store. Raises ModelError."""
+    if not files and not repositories:
+        return _stored(folder)
+    named = {name: _local(name, folder) for name in dict.fromkeys(files)}
+    taken = Counter(source.candidate.name for source in named.values())
+    sources = [_named(one, name) if taken[one.candidate.name] > 1 else one for name, one in named.items()]
+    for repository in repositories:
+        hub: Any = build.wiring(context).hub()
+        sources += _published(repository, hub, folder)
+    return sources
+
+
+def _local(name: str, folder: Path) -> Source:
+    path = store.find(name, folder)
+    if path is None:
+        raise ModelNotFound(f"{name} is not on this machine; run `localreason models pull {name}`, or give --hf")
+    return _read(path)
+
+
+def _read(path: Path) -> Source:
+    """A file, or the model of which it is a part, called after the file. Raises ModelError."""
+    pieces = read_local(path)
+    if len(pieces) > 1:
+        return Source(describe(join(pieces), path.name, path.name), None)
+    file = ModelFile(path)
+    return Source(describe(file.header, path.name, path.name), file)
+
+
+def _named(source: Source, name: str) -> Source:
+    return replace(source, candidate=replace(source.candidate, name=name))
+
+
+def _stored(folder: Path) -> list[Source]:
+    """All models of the store that can be read; the others are named."""
+    found = []
+    for item in store.list_stored(folder) if folder.is_dir() else []:
+        try:
+            found.append(_named(_read(item.path), item.path.relative_to(folder).as_posix()))
+        except (ModelError, InputError) as error:
+            tell(f"passed over: {error}")
+    if not found:
+        raise ModelNotFound("there are no models on this machine; name files, or a repository with --hf OWNER/REPO")
+    return found
+
+
+def _published(repository: str, hub: Ranged, folder: Path) -> list[Source]:
+    """The model files of a repository that name their scheme: sizes as the hub records them, all else of one header."""
+    sizes, names = Counter[str](), dict[str, list[str]]()
+    for item in hub.files(repository):
+        stem = _PART.sub("", item.name)
+        if item.name.endswith(".gguf") and "mmproj" not in item.name.lower() and find_scheme(stem):
+            sizes[stem] += item.n_bytes
+            names.setdefault(stem, []).append(item.name)
+    whole = [stem for stem in sizes if len(names[stem]) == 1]
+    if not whole:
+        raise ModelNotFound(
+            f"{repository} has no GGUF file in one part whose name says its scheme, such as Q8_0; name another"
+        )
+    least = min(whole, key=lambda stem: sizes[stem])
+    file = _remote(repository, hub, names[least][0], sizes[least], folder)
+    like = describe(file.header, least)
+    found = []
+    for stem, n_bytes in sizes.items():
+        scheme, n_bits = find_scheme(stem) or ("", 0)
+        bits = 8 * n_bytes / like.n_parameters
+        one = replace(
+            like,
+            name=f"{repository}/{stem}",
+            n_bytes=n_bytes,
+            bits_per_weight=bits,
+            n_bits=n_bits,
+            scheme=scheme,
+            source_scheme="",
+            header=_retyped(file.header, scheme),
+        )
+        found.append(Source(one, file))
+    return found
+
+
+def _retyped(header: Header, name: str) -> Header:
+    """The header with its packed matrices in another scheme, where that is known and their rows fill its blocks."""
+    scheme = SCHEMES.get(main_type(name))
+    if scheme is None:
+        return header
+    tensors = [
+        replace(entry, kind=scheme.kind)
+        if entry.kind in KINDS and not KINDS[entry.kind].is_float and not entry.shape[0] % scheme.n_values
+        else entry
+        for entry in header.tensors
+    ]
+    return replace(header, tensors=tensors)
+
+
+def main_type(scheme: str) -> str:
+    """The type of most tensors in a scheme, as far as its name says it: Q2_K for Q2_K_XL."""
+    return MAIN_SCHEMES[scheme].name if scheme in MAIN_SCHEMES else _SIZE_WORD.sub("", scheme)
+
+
+def _remote(repository: str, hub: Ranged, name: str, n_bytes: int, folder: Path) -> ModelFile:
+    """The tensor table of a published file, from the store if it is there, else from its first megabytes."""
+    path = folder / repository / name
+    if path.is_file():
+        return ModelFile(path)
+    head = hub.head(repository, name, _HEAD_BYTES)
+    with tempfile.TemporaryDirectory(prefix="localreason-") as scratch:
+        path = Path(scratch) / Path(name).name
+        path.write_bytes(head)
+        os.truncate(path, max(n_bytes, len(head)))  # a hole in place of the weights, whose end is checked
+        try:
+            return ModelFile(path)
+        except ModelBroken as error:
+            raise ModelUnsupported(
+                f"{name} of {repository} is damaged, or its header is longer than {_HEAD_BYTES} bytes; "
+                f"pull a file of it and name that"
+            ) from error
+
+
+def tell(sentence: str) -> None:
+    """Say something beside the result."""
+    print(f"localreason: {safe(sentence)}", file=sys.stderr, flush=True)
