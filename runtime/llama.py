@@ -202,9 +202,10 @@ class LlamaEngine:
 
 
 def load(path: Path, options: EngineOptions | None = None) -> tuple[LlamaEngine, LlamaTokenizer]:
-    """Open a GGUF file; closing the engine frees both. Raises ModelError, OutOfMemory."""
-    path, options = Path(path), _complete(options or EngineOptions())
-    header = join(read_local(path))
+    """Open a GGUF file, or the model of which it is a part; closing the engine frees both. Raises ModelError,
+    OutOfMemory."""
+    pieces, options = read_local(Path(path)), _complete(options or EngineOptions())
+    path, header = Path(pieces[0].name), join(pieces)  # llama.cpp finds the other parts by the first
     check_header(header.values, path)
     fitted = _fit(header, options)
     model = Model(path, fitted.n_gpu_layers, options.use_mmap, header=header.values)

@@ -21,9 +21,11 @@ from localreason.quant.choose import describe
 from localreason.quant.inspect import Report, inspect
 from localreason.quant.source import read_remote
 from localreason.runtime.devices import Backend, backends, cpu_features
+from localreason.runtime.engine import Span
 from localreason.runtime.errors import ModelBroken, ModelNotFound, ModelUnsupported
 from localreason.runtime.header import read_table
-from localreason.runtime.parts import part_names, read_local
+from localreason.runtime.llama import EngineOptions, load
+from localreason.runtime.parts import join, part_names, read_local
 from localreason.runtime.room import cell_bytes
 from localreason.runtime.schemes import FTYPES, SCHEMES
 from tests import gguf_models
@@ -207,6 +209,25 @@ def test_a_split_model_is_one_by_any_of_its_parts(home: Path):
         assert found.n_bytes == sum(path.stat().st_size for path in parts)
         assert (found.n_parameters, found.types, found.parts) == (whole.n_parameters, whole.types, whole.parts)
         assert found.warnings == ()
+
+
+def test_a_split_model_is_loaded_and_chosen_by_any_of_its_parts(home: Path, capfd: pytest.CaptureFixture[str]):
+    parts = write_split(home)
+    rows = []
+    for part in parts:
+        engine, _ = load(part, EngineOptions(n_context=256, n_sequences=1))
+        with engine:
+            rows.append(engine.decode([Span(0, 0, [5, 6, 7])]).copy())
+    assert all(np.array_equal(rows[0], row) for row in rows)
+    assert main(["quant", "choose", str(parts[1]), "--context", "256"]) == ExitCode.OK
+    assert "Take tiny-00002-of-00003.gguf with 256 tokens" in capfd.readouterr().out
+
+
+def test_a_header_that_counts_other_tensors_than_its_parts_hold_is_told(home: Path):
+    pieces = read_local(write_split(home)[0])
+    pieces[0].header.values["split.tensors.count"] += 1
+    with pytest.raises(ModelBroken, match=r"says that the parts hold \d+ tensors and they hold \d+"):
+        join(pieces)
 
 
 def test_parts_that_are_missing_renamed_or_swapped_are_told(home: Path):
