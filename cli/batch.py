@@ -96,7 +96,7 @@ def _read(argument: str, job: Job) -> tuple[list[problems.Problem], list[problem
     """The problems, bad rows reported."""
     if not problems.is_file(argument):
         return [problems.question(argument)], []
-    todo, bad = problems.read(argument)
+    todo, bad = problems.read(argument, f"a question must not end in {', '.join(problems.SUFFIXES)}")
     for row in bad:
         _tell(f"{argument} line {row.line}: {row.reason}")
     if not todo:

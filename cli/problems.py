@@ -56,10 +56,11 @@ def question(text: str) -> Problem:
     return Problem("question", text)
 
 
-def read(argument: str) -> tuple[list[Problem], list[BadRow]]:
-    """The problems of a file, or of standard input for `-`. Raises InputError where there is nothing to do."""
+def read(argument: str, remedy: str = "check its name") -> tuple[list[Problem], list[BadRow]]:
+    """The problems of a file, or of standard input for `-`; `remedy` is told where there is no such file. Raises
+    InputError where there is nothing to do."""
     name = "standard input" if argument == "-" else argument
-    return parse(_bytes(argument), name, Path(argument).suffix.lower())
+    return parse(_bytes(argument, remedy), name, Path(argument).suffix.lower())
 
 
 def parse(data: bytes, name: str, kind: str = ".jsonl") -> tuple[list[Problem], list[BadRow]]:
@@ -84,13 +85,13 @@ def parse(data: bytes, name: str, kind: str = ".jsonl") -> tuple[list[Problem], 
     return problems, bad
 
 
-def _bytes(argument: str) -> bytes:
+def _bytes(argument: str, remedy: str) -> bytes:
     if argument == "-":
         return sys.stdin.buffer.read()
     try:
         return Path(argument).read_bytes()
     except FileNotFoundError as error:
-        raise InputError(f"there is no file {argument}; a question must not end in {', '.join(SUFFIXES)}") from error
+        raise InputError(f"there is no file {argument}; {remedy}") from error
     except OSError as error:
         raise InputError(f"{argument} cannot be read: {error.strerror}") from error
 

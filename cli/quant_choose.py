@@ -16,7 +16,8 @@ from ..runtime.fit import Free
 from ..runtime.llama import free_memory
 from ..runtime.memory import cache_bytes, repacked_schemes
 from . import config
-from .quant_sources import Source, find_sources, main_type, tell
+from .quant_report import tell
+from .quant_sources import Source, find_sources, main_type
 from .render import safe
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,12 +14,12 @@ import typer
 
 from ..runtime.errors import InputError, OutputError
 from . import build, checksum, config, problems
-from .quant_report import drift_lines, paired_lines
-from .render import safe
+from .quant_report import drift_lines, paired_lines, tell
 
 if TYPE_CHECKING:
     from ..quant.measure import Drift
     from ..quant.paired import Comparison, Outcome
+    from ..quant.traces import Trace
     from ..runtime.llama import LlamaEngine, LlamaTokenizer
 
 SCHEMA = 1
@@ -55,6 +55,26 @@ class _On:
             raise typer.BadParameter("give a --text, --traces, or --problems to measure on", param_hint="measure")
         if self.text is not None and self.traces is not None:
             raise typer.BadParameter("give one of --text and --traces", param_hint="--text")
+        if self.limit is not None and self.problems is None:
+            raise typer.BadParameter("it limits the problems of --problems, which is missing", param_hint="--limit")
+
+    def read(self) -> "Material":
+        """All that is read, before anything is measured. Raises InputError."""
+        from ..quant.traces import read_text, read_traces
+
+        source = self.text or self.traces
+        text = None if source is None else read_text(source)
+        traces = read_traces(text, str(source)) if text is not None and self.traces is not None else []
+        return Material(text, traces, [] if self.problems is None else _read_problems(self.problems)[: self.limit])
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """The content of the files that the two are compared on: a text, the traces that it is, problems."""
+
+    text: str | None
+    traces: "list[Trace]"
+    problems: list[problems.Problem]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,38 +118,50 @@ def measure(
       localreason quant measure model.gguf model.gguf --cache-type-candidate q8_0 --traces results.jsonl
       localreason quant measure model-q8_0.gguf model-q4_k_m.gguf --problems math.jsonl --limit 100 --out q4.json
     """
-    sides = _sides(context, (reference, "f16"), (candidate, cache_type_candidate))
     on = _On(text, traces, tokens, n_context, problem_file, limit)
+    material = on.read()
     _check_out(out)
+    sides = _sides(context, (reference, "f16"), (candidate, cache_type_candidate))
     record: dict[str, Any] = {"schema": SCHEMA, "reference": _describe(sides[0]), "candidate": _describe(sides[1])}
-    record |= _measure(build.wiring(context), sides, on, (lambda lines: None) if is_json else _show)
+    record |= {"on": None, "drift": None, "problems": None}
     record["versions"] = {name: version(name) for name in ("localreason", "llama-cpp-python")}
-    _write(out, record)
+    for lines in _measure(build.wiring(context), sides, on, material, record):
+        _write(out, record)
+        if not is_json:
+            print("\n".join(lines), flush=True)
     if is_json:
         print(json.dumps(record, indent=2, allow_nan=False))
 
 
 def _sides(context: typer.Context, *named: tuple[str, str]) -> list[Side]:
     """The models of these names with these cache types."""
+    from ..runtime.native import CACHE_TYPES
+
     flags, sides = {**context.params, "cluster": False}, []
+    for _, kind in named:
+        if kind not in CACHE_TYPES:
+            raise typer.BadParameter(
+                f"{kind!r} is no type of cache; choose one of {', '.join(CACHE_TYPES)}",
+                param_hint="--cache-type-candidate",
+            )
     for name, kind in named:
         settings = config.load({**flags, "model": name, "cache_type": kind})
         sides.append(Side(build.find_model(settings, build.wiring(context).hub), kind, settings))
     return sides
 
 
-def _measure(wiring: build.Wiring, sides: list[Side], on: "_On", show: Callable[[list[str]], None]) -> dict[str, Any]:
-    """What was measured on, and the results, each shown as soon as it is there."""
-    record: dict[str, Any] = {"on": None, "drift": None, "problems": None}
-    if on.text is not None or on.traces is not None:
-        record["on"], drift = _drift(sides, on)
+def _measure(
+    wiring: build.Wiring, sides: list[Side], on: _On, material: Material, record: dict[str, Any]
+) -> Iterator[list[str]]:
+    """What was found, in lines, as soon as it stands in the record."""
+    if material.text is not None:
+        record["on"], drift = _drift(sides, on, material)
         record["drift"] = asdict(drift)
-        show(drift_lines(drift))
+        yield drift_lines(drift)
     if on.problems is not None:
-        record["on_problems"], comparison = _paired(wiring, sides, on.problems, on.limit)
+        record["on_problems"], comparison = _paired(wiring, sides, on.problems, material.problems)
         record["problems"] = asdict(comparison)
-        show(paired_lines(comparison))
-    return record
+        yield paired_lines(comparison)
 
 
 def _describe(side: Side) -> dict[str, Any]:
@@ -144,26 +176,25 @@ def _describe(side: Side) -> dict[str, Any]:
     return row | {"bits_per_weight": round(known.bits_per_weight, 4)}
 
 
-def _drift(sides: list[Side], on: _On) -> "tuple[dict[str, Any], Drift]":
+def _drift(sides: list[Side], on: _On, material: Material) -> "tuple[dict[str, Any], Drift]":
     """What was compared on, and the result."""
     from ..quant.measure import check_vocabulary, compare, cut
-    from ..quant.traces import read_text, read_traces, trace_encoder
+    from ..quant.traces import trace_encoder
 
-    source = on.text or on.traces
+    source, data = on.text or on.traces, material.text
     assert source is not None
-    data = read_text(source)
-    traces = read_traces(data, str(source)) if on.traces else []
+    assert data is not None
     names = (sides[0].path.name, sides[1].path.name)
     with ExitStack() as stack:
         (reference, tokenizer), (candidate, other) = [_open(side, on.n_context, stack) for side in sides]
         if not sides[0].path.samefile(sides[1].path):
             check_vocabulary(tokenizer, other, names)
         encode_trace = trace_encoder(tokenizer)
-        tokens = [token for trace in traces for token in encode_trace(trace)] or tokenizer.encode(data)
+        tokens = [token for trace in material.traces for token in encode_trace(trace)] or tokenizer.encode(data)
         chunks = cut(tokens, tokenizer.prefix, on.n_context, on.n_tokens)
         drift = compare(reference, candidate, chunks, names, _progress(len(chunks)))
     row = {"name": source.name, "sha256": hashlib.sha256(data.encode()).hexdigest()}
-    return row | {"kind": "traces" if traces else "text", "n_tokens": drift.n_chunks * on.n_context}, drift
+    return row | {"kind": "traces" if material.traces else "text", "n_tokens": drift.n_chunks * on.n_context}, drift
 
 
 def _open(side: Side, n_context: int, stack: ExitStack) -> "tuple[LlamaEngine, LlamaTokenizer]":
@@ -175,18 +206,22 @@ def _open(side: Side, n_context: int, stack: ExitStack) -> "tuple[LlamaEngine, L
     return stack.enter_context(engine), tokenizer
 
 
+def _read_problems(file: Path) -> list[problems.Problem]:
+    """The problems of a file; bad rows are told. Raises InputError where there are only such."""
+    todo, bad = problems.read(str(file))
+    for row in bad:
+        tell(f"{file} line {row.line}: {row.reason}")
+    if not todo:
+        raise InputError(f"none of the {len(bad)} rows of {file} is a problem; see the lines above")
+    return todo
+
+
 def _paired(
-    wiring: build.Wiring, sides: list[Side], file: Path, limit: int | None
+    wiring: build.Wiring, sides: list[Side], file: Path, todo: list[problems.Problem]
 ) -> "tuple[dict[str, Any], Comparison]":
     """What was solved, and how the two differ; one model is open at a time."""
     from ..quant.paired import compare_outcomes
 
-    todo, bad = problems.read(str(file))
-    for row in bad:
-        _tell(f"{file} line {row.line}: {row.reason}")
-    todo = todo[:limit]
-    if not todo:
-        raise InputError(f"none of the {len(bad)} rows of {file} is a problem; see the lines above")
     found = [_solve(wiring, side, todo) for side in sides]
     recipe = build.make_recipe(sides[0].settings)
     row = {"name": file.name, "n": len(todo), "recipe": recipe.describe()}
@@ -201,14 +236,14 @@ def _solve(wiring: build.Wiring, side: Side, todo: list[problems.Problem]) -> "d
     n_parallel = min(side.settings.settings.parallel, len(todo))
     options = build.make_options(side.settings, recipe, n_parallel, [problem.text for problem in todo])
     gold = {problem.id: problem.answer for problem in todo}
-    tell = _progress(len(todo), f"problems with {side.path.name}")
+    told = _progress(len(todo), f"problems with {side.path.name}")
 
     def counted(events: Iterator[Any]) -> Iterator[Any]:
         n_done = 0
         for event in events:
             if isinstance(event, Answered):
                 n_done += 1
-                tell(n_done)
+                told(n_done)
             yield event
 
     questions = [Question(problem.id, problem.text) for problem in todo]
@@ -241,11 +276,3 @@ def _write(out: Path | None, record: dict[str, Any]) -> None:
         out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", "utf-8")
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror}; give another --out") from error
-
-
-def _show(lines: list[str]) -> None:
-    print("\n".join(lines), flush=True)
-
-
-def _tell(sentence: str) -> None:
-    print(f"localreason: {safe(sentence)}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from ..runtime.parts import join, read_local
 from ..runtime.schemes import KINDS, MAIN_SCHEMES, SCHEMES
 from . import build, store
 from .hub import Hub
-from .render import safe
+from .quant_report import tell
 
 _HEAD_BYTES = 1 << 24
 """Of a published file: more than metadata, vocabulary and tensor table of known models take."""
@@ -158,8 +157,3 @@ def _remote(repository: str, hub: Ranged, name: str, n_bytes: int, folder: Path)
                 f"{name} of {repository} is damaged, or its header is longer than {_HEAD_BYTES} bytes; "
                 f"pull a file of it and name that"
             ) from error
-
-
-def tell(sentence: str) -> None:
-    """Say something beside the result."""
-    print(f"localreason: {safe(sentence)}", file=sys.stderr, flush=True)

@@ -83,6 +83,23 @@ def test_problems_are_solved_by_both_with_the_same_seed(tiny_model, problems, ca
     assert found["on_problems"]["recipe"]["seed"] == 3
 
 
+def test_everything_is_read_before_anything_is_measured(tiny_model, text, capsys):
+    args = ("measure", tiny_model, tiny_model, "--text", text, "--context", 64, "--problems", "none.jsonl")
+    code, printed, told = run(capsys, *args, "--out", "out.json")
+    assert (code, printed) == (ExitCode.INPUT, "")
+    assert "none.jsonl" in told
+    assert not Path("out.json").exists()
+
+
+def test_what_is_measured_is_written_although_a_later_part_fails(tiny_model, text, problems, capsys):
+    args = ("--text", text, "--context", 64, "--problems", problems("this is too long"), "--out", "out.json", "--json")
+    code, printed, _ = run(capsys, "measure", tiny_model, tiny_model, *args, wired=wiring([]))
+    assert (code, printed) == (ExitCode.INPUT, "")
+    written = json.loads(Path("out.json").read_text())
+    assert written["drift"]["n_chunks"] > 0
+    assert written["problems"] is None
+
+
 @pytest.mark.parametrize(
     ("args", "code", "reason"),
     [
@@ -97,7 +114,9 @@ def test_problems_are_solved_by_both_with_the_same_seed(tiny_model, problems, ca
         (("--text", "text.txt", "--cache-type-candidate", "q2"), ExitCode.USAGE, "choose one of"),
         (("--text", "text.txt", "--out", "no/where.json"), ExitCode.OUTPUT, "no such folder"),
         (("--traces", "text.txt"), ExitCode.INPUT, "line 1 is not a result"),
-        (("--problems", "none.jsonl"), ExitCode.INPUT, "there is no file none.jsonl"),
+        (("--problems", "none.jsonl"), ExitCode.INPUT, "there is no file none.jsonl; check its name"),
+        (("--text", "text.txt", "--limit", 3), ExitCode.USAGE, "--problems"),
+        (("--text", "text.txt", "--cache-type-candidate", "q3"), ExitCode.USAGE, "--cache-type-candidate"),
     ],
 )
 def test_mistakes_are_sentences(tiny_model, text, home, capsys, args, code, reason):
