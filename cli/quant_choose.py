@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..quant.advice import explain, size
-from ..quant.choose import Candidate, Fit, Machine, Measured, Option, Room, rank
+from ..quant.choose import Candidate, Fit, Machine, Option, Room, rank
+from ..quant.evidence import Measured
 from ..runtime.devices import backends, cpu_features
 from ..runtime.errors import InputError, ModelUnsupported
 from ..runtime.fit import Free
@@ -177,6 +178,8 @@ def _read_measured(paths: list[Path]) -> dict[str, tuple[Measured, ...]]:
                 divergence=float(drift["divergence"]["value"]) if drift else None,
                 same_top=float(drift["same_top"]["value"]) if drift else None,
                 accuracy=(float(change["mean"]), float(change["low"]), float(change["high"])) if change else None,
+                n_problems=int(paired["n_graded"]) if change else 0,
+                mcnemar_p=float(paired["mcnemar_p"]) if change else None,
             )
             name = str(one["candidate"]["name"])
         except OSError as error:

@@ -26,6 +26,8 @@ def drift_lines(drift: "Drift") -> list[str]:
 
 def paired_lines(found: "Comparison") -> list[str]:
     """A comparison on problems."""
+    from ..quant.evidence import is_too_few
+
     lines = [f"problems              {found.n_problems}, {found.n_failed} left out"]
     if found.accuracy is not None:
         difference = found.accuracy
@@ -37,6 +39,8 @@ def paired_lines(found: "Comparison") -> list[str]:
             f"right in one only     {found.n_only_reference} reference, {found.n_only_candidate}; "
             f"McNemar's p {found.mcnemar_p:.3g}"
         )
+        if is_too_few(found.n_graded, found.mcnemar_p):
+            lines.append(f"too few to tell       {found.n_graded} problems; give 100 or more")
     length = found.thinking
     lines.append(
         f"thinking tokens       {found.reference_thinking:.0f} reference, {found.candidate_thinking:.0f}; "

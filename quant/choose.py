@@ -19,6 +19,7 @@ from ..runtime.errors import ModelUnsupported, OutOfMemory
 from ..runtime.fit import N_BATCH_CPU, N_BATCH_GPU, Free, Wish, fit
 from ..runtime.header import Header
 from ..runtime.memory import is_cache_possible, split_usage, token_bytes, weights_bytes
+from .evidence import Measured
 from .weights import find_precision
 
 SAME_SIZE = 1.5
@@ -63,32 +64,6 @@ class Candidate:
     @property
     def n_billions(self) -> int:
         return round(self.n_parameters / _BILLION)
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What `localreason quant measure` found for a file; accuracies as mean, low and high of a 95 % interval."""
-
-    reference: str
-    cache_type: str
-    divergence: float | None = None
-    same_top: float | None = None
-    accuracy: tuple[float, float, float] | None = None
-
-    def is_worse(self, cache_type: str) -> bool:
-        """True where this cache was measured and the loss of accuracy is more than chance."""
-        return self.cache_type == cache_type and self.accuracy is not None and self.accuracy[2] < 0
-
-    def sentence(self) -> str:
-        parts = []
-        if self.divergence is not None:
-            parts.append(f"KL {self.divergence:.3g} nats")
-        if self.same_top is not None:
-            parts.append(f"same top token {self.same_top:.1%}")
-        if self.accuracy is not None:
-            mean, low, high = (100 * value for value in self.accuracy)
-            parts.append(f"accuracy {mean:+.1f} points ({low:+.1f} to {high:+.1f})")
-        return f"{', '.join(parts) or 'nothing'}, to {self.reference}, with a {self.cache_type} cache"
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from ..runtime.errors import ModelBroken, ModelUnsupported
-from ..runtime.header import Header, check_header, read_table
+from ..runtime.header import Header, check_header, check_tensors, read_table
 from ..runtime.native import dequantize
 
 ALIGNMENT = 32
@@ -108,6 +108,7 @@ class ModelFile:
         self.path = path
         self.header: Header = read_table(path)
         check_header(self.header.values, path)
+        check_tensors(self.header, path)
         if self.header.values.get("split.count", 1) not in (0, 1):
             raise ModelUnsupported(f"{path} is one of several parts; join them with `llama-gguf-split --merge`")
         self.tensors = {tensor.name: tensor for tensor in map(self._tensor, self.header.tensors)}

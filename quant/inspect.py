@@ -82,8 +82,6 @@ def inspect(pieces: Sequence[Piece], cache_type: str = "f16", backends: Iterable
     """
     header = join(pieces)
     n_parameters, weights = sum(math.prod(entry.shape) for entry in header.tensors), weights_bytes(header)
-    if not n_parameters:
-        raise ModelBroken(f"{pieces[0].name} holds no tensors; give a whole model")
     file_type, precision = find_file_type(header.values), find_precision(header)
     matrices = dict.fromkeys(scheme_of(entry) for entry in header.tensors if len(entry.shape) > 1)
     return Report(

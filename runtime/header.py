@@ -168,6 +168,12 @@ class _Reader:
             raise _Damage(f"{n - n_empty - len(found)} of its {n} tokens stand twice in the vocabulary")
 
 
+def check_tensors(header: Header, path: Path | str) -> None:
+    """Refuse a vocabulary without a model. Raises ModelBroken."""
+    if not header.tensors:
+        raise ModelBroken(f"{path} holds no tensors: it is a vocabulary or half a file; give a whole model")
+
+
 def check_header(values: dict[str, Any], path: Path | str) -> None:
     """Refuse numbers that llama.cpp asserts on. Raises ModelBroken."""
     architecture = values.get("general.architecture")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ModelBroken, ModelNotFound
-from .header import Header, read_table
+from .header import Header, check_tensors, read_table
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -51,7 +51,7 @@ def part_names(name: str) -> list[str]:
 def join(pieces: Sequence[Piece]) -> Header:
     """The values of the first file and the tensors of all, each with its offset within its own file's data.
 
-    Raises ModelBroken where the files are not all the parts of one model, in order.
+    Raises ModelBroken where the files are not all the parts of one model, in order, or hold no tensors.
     """
     first = pieces[0]
     if first.n_split != len(pieces):
@@ -76,4 +76,5 @@ def join(pieces: Sequence[Piece]) -> Header:
             f"{first.name} says that the parts hold {n_tensors} tensors and they hold {len(joined.tensors)}; "
             f"get them again"
         )
+    check_tensors(joined, first.name)
     return joined

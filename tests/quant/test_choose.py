@@ -10,13 +10,13 @@ from localreason.quant.choose import (
     Candidate,
     Fit,
     Machine,
-    Measured,
     Verdict,
     cache_types,
     describe,
     find_scheme,
     rank,
 )
+from localreason.quant.evidence import Measured
 from localreason.runtime.fit import Free, Wish, fit
 from localreason.runtime.header import Header, TensorEntry, read_table
 from localreason.runtime.schemes import SCHEMES
@@ -153,18 +153,27 @@ def test_the_context_ends_where_the_training_did():
 
 def test_a_loss_that_was_measured_and_is_no_chance_puts_a_file_behind_its_equals():
     files = [candidate(8, "Q8_0"), candidate(8, "Q6_K")]
-    lost = Measured("m8-F16", "q8_0", 0.1, 0.9, (-0.1, -0.15, -0.05))
+    lost = Measured("m8-F16", "q8_0", 0.1, 0.9, (-0.1, -0.15, -0.05), 200, 0.001)
     found = ranked(64, *files, measured={"m8-Q8_0": (lost,)})
     assert names(found) == ["m8-Q6_K", "m8-Q8_0"]
-    other = Measured("m8-F16", "q4_0", 0.1, 0.9, (-0.1, -0.15, -0.05))
+    other = Measured("m8-F16", "q4_0", 0.1, 0.9, (-0.1, -0.15, -0.05), 200, 0.001)
     assert names(ranked(64, *files, measured={"m8-Q8_0": (other,)})) == ["m8-Q8_0", "m8-Q6_K"], "of another cache"
-    chance = Measured("m8-F16", "q8_0", 0.1, 0.9, (-0.1, -0.3, 0.1))
+    chance = Measured("m8-F16", "q8_0", 0.1, 0.9, (-0.1, -0.3, 0.1), 100, 0.5)
     found = ranked(64, *files, measured={"m8-Q8_0": (chance,)})
     assert names(found) == ["m8-Q8_0", "m8-Q6_K"]
     assert explain(found, "64 GiB free")[2] == (
-        "Measured here: KL 0.1 nats, same top token 90.0%, accuracy -10.0 points (-30.0 to +10.0), to m8-F16, "
-        "with a q8_0 cache."
+        "Measured here: KL 0.1 nats, same top token 90.0%, accuracy -10.0 points (-30.0 to +10.0) on 100 problems, "
+        "to m8-F16, with a q8_0 cache."
     )
+
+
+def test_one_problem_that_was_lost_is_no_evidence():
+    files = [candidate(8, "Q8_0"), candidate(8, "Q6_K")]
+    lost = Measured("m8-F16", "q8_0", accuracy=(-1.0, -1.0, -1.0), n_problems=1, mcnemar_p=1.0)
+    found = ranked(64, *files, measured={"m8-Q8_0": (lost,)})
+    assert names(found) == ["m8-Q8_0", "m8-Q6_K"]
+    assert found[0].warnings == ()
+    assert "on 1 problem, too few to tell" in lost.sentence()
 
 
 def test_files_of_one_name_are_ranked_each_for_itself():

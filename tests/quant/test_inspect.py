@@ -385,6 +385,32 @@ def test_the_command_tells_a_person_all_of_it(home: Path, capfd: pytest.CaptureF
     assert any("q4_0 cache" in warning for warning in row["warnings"])
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("inspect", "v.gguf"),
+        ("convert", "v.gguf", "w.gguf", "--scheme", "q4_0"),
+        ("choose", "v.gguf"),
+        ("measure", "v.gguf", "v.gguf", "--text", "text.txt"),
+        ("imatrix", "v.gguf", "-o", "i.gguf", "--from", "text.txt"),
+    ],
+)
+def test_a_vocabulary_without_tensors_is_refused_as_that(
+    args: tuple[str, ...], home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(home)
+    (home / "text.txt").write_text("some words " * 200)
+    writer = gguf.GGUFWriter(home / "v.gguf", "llama")
+    gguf_models._add_vocabulary(writer)
+    gguf_models._add_shape(writer, "llama", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    assert main(["quant", *args]) == ExitCode.MODEL
+    assert "v.gguf holds no tensors" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("data", [b"", b"GGUF", b"no model at all, but long enough to have a header"])
 def test_a_file_that_is_no_model_is_a_model_error(data: bytes, home: Path, capfd: pytest.CaptureFixture[str]):
     (home / "bad.gguf").write_bytes(data)
