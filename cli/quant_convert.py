@@ -12,6 +12,7 @@ import typer
 
 from ..runtime.errors import InputError, OutputError
 from . import build, checksum, config
+from .quant_report import tell
 
 if TYPE_CHECKING:
     from ..quant.convert import Plan
@@ -73,6 +74,8 @@ def convert(
         check_target(path, target, is_forced)
     request = Request(scheme, _pairs(tensor or []), output_type, embedding_type, is_pure, imatrix, allows_requantize)
     plan = plan_conversion(path, request)
+    for warning in plan.warnings:
+        tell(warning)
     row = _row(plan, path, target)
     if not is_dry:
         with _bar("converting", lambda n: f"{n / 1e6:.0f} MB") as show:
@@ -110,6 +113,7 @@ def _row(plan: "Plan", path: Path, target: Path) -> dict[str, Any]:
         "bytes": plan.n_bytes,
         "bits_per_weight": round(plan.bits_per_weight, 3),
         "tensors": plan.counts,
+        "warnings": list(plan.warnings),
     }
 
 

@@ -23,7 +23,7 @@ from ..runtime.schemes import FTYPES, SCHEMES, find_file_type
 from .gguf import ModelFile, Tensor, padded
 from .imatrix import Importance, read_importance
 from .job import Job, run_job
-from .request import LONGEST_VALUE, Request, check_importance, check_source, check_types, find_type
+from .request import LONGEST_VALUE, Request, check_asked, check_importance, check_source, check_types, find_type
 from .weights import RECORD, source_scheme
 
 _PART = re.compile(r"\..+\.(\d+)\.localreason-part")
@@ -38,6 +38,8 @@ class Plan:
     types: Mapping[str, str]
     n_bytes: int
     job: Job
+    warnings: tuple[str, ...] = ()
+    """What will be otherwise than asked."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -79,8 +81,9 @@ def plan_conversion(source: Path, request: Request) -> Plan:
     )
     types, header_bytes = _dry_run(file, job)
     check_types(file, types, importance, name)
+    warnings = check_asked(file, types, request)
     data = sum(padded(_n_bytes(file.tensors[tensor], kind)) for tensor, kind in types.items())
-    return Plan(file, name, types, header_bytes + data, job)
+    return Plan(file, name, types, header_bytes + data, job, tuple(warnings))
 
 
 def check_target(source: Path, target: Path, is_forced: bool = False) -> None:

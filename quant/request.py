@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import InputError, ModelUnsupported
-from ..runtime.schemes import SCHEMES, find_file_type
+from ..runtime.schemes import MAIN_SCHEMES, SCHEMES, find_file_type
 from .gguf import ALIGNMENT, ModelFile
 from .imatrix import Importance
 
@@ -105,3 +105,65 @@ def check_types(file: ModelFile, types: Mapping[str, str], importance: Importanc
                 f"{name} would become {kind}, which needs an importance matrix with an entry for it; "
                 f"make one with `localreason quant imatrix` and give --imatrix, or choose a larger scheme"
             )
+
+
+def check_asked(file: ModelFile, types: Mapping[str, str], request: Request) -> list[str]:
+    """One sentence on each thing of a plan that is otherwise than asked, where llama.cpp says nothing. Raises
+    InputError for a type of single tensors that they would not get."""
+    warnings, owners, ends = [], dict[str, str](), _own_ends(request)
+    matrices = [name for name, tensor in file.tensors.items() if len(tensor.shape) > 1]
+    for pattern, kind in request.tensors:
+        try:
+            found = [name for name in matrices if re.search(pattern, name) and name not in ends]
+        except re.error:  # llama.cpp's own grammar differs a little
+            continue
+        late = [name for name in found if owners.setdefault(name, kind).upper() != kind.upper()]
+        if late and len(late) == len(found):
+            warnings.append(
+                f"--tensor {pattern}={kind} has no effect: an earlier --tensor fits all {len(found)} matrices that it "
+                f"fits; give the narrower one first"
+            )
+        own = [name for name in found if name not in late]
+        kept = [name for name in own if types[name] == kind.upper()]
+        lost = next((name for name in own if name not in kept and _is_changed(file, types, name)), None)
+        if lost is not None or not (kept or late):
+            raise InputError(f"--tensor {pattern}={kind} cannot be kept: {_why(file, types, lost, kind)}")
+    return warnings + _fallbacks(file, types, request, [n for n in matrices if n not in owners and n not in ends])
+
+
+def _own_ends(request: Request) -> tuple[str, ...]:
+    """Tensors whose types have options of their own; an embedding may be the output too."""
+    if request.output_type or request.embedding_type:
+        return ("token_embd.weight", *(("output.weight",) if request.output_type else ()))
+    return ()
+
+
+def _is_changed(file: ModelFile, types: Mapping[str, str], name: str) -> bool:
+    """False for what llama.cpp leaves as it is on purpose, such as the routers of experts."""
+    kind = types[name]
+    return kind != file.tensors[name].type_name or not SCHEMES[kind].is_float
+
+
+def _why(file: ModelFile, types: Mapping[str, str], name: str | None, kind: str) -> str:
+    """Why a matrix, or all, do not get the type that was asked for."""
+    if name is None:
+        return "llama.cpp leaves the tensors that it fits as they are; leave it out"
+    n, block = file.tensors[name].shape[0], SCHEMES[kind.upper()].n_values
+    cause = f"its rows of {n} are no multiple of {block}" if n % block else "that is what llama.cpp takes for it"
+    return f"{name} would become {types[name]}, since {cause}; choose another type, or a pattern without it"
+
+
+def _fallbacks(file: ModelFile, types: Mapping[str, str], request: Request, names: list[str]) -> list[str]:
+    """What is said of the matrices that llama.cpp gives another type than the scheme's for the width of their rows."""
+    scheme = find_file_type(request.scheme)
+    main = MAIN_SCHEMES[scheme]
+    odd = [name for name in names if file.tensors[name].shape[0] % main.n_values and _is_changed(file, types, name)]
+    if not odd:
+        return []
+    kinds = " or ".join(kind for kind, _ in Counter(types[name] for name in odd).most_common())
+    widths = " and ".join(map(str, sorted({file.tensors[name].shape[0] for name in odd})))
+    n_all = sum(_is_changed(file, types, name) for name in names)
+    return [
+        f"{len(odd)} of {n_all} matrices are {kinds} instead of {main.name}: rows of {widths} are no multiple of "
+        f"{main.n_values}"
+    ]

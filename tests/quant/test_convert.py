@@ -344,6 +344,35 @@ def test_the_command_tells_mistakes_apart(tiny_model, folder, capsys, options, c
     assert not list(folder.iterdir())
 
 
+def test_what_llama_cpp_makes_otherwise_than_asked_is_told(folder, capsys):
+    source = write_model(folder / "source.gguf", extra=SPARE)
+    plan = plan_conversion(source, Request("w4a16"))
+    assert plan.types["blk.0.spare.weight"] == "Q4_K"
+    assert len(plan.warnings) == 1
+    assert (
+        "15 of 16 matrices are Q5_0 or Q8_0 instead of Q4_K: rows of 64 and 96 are no multiple of 256"
+        in (plan.warnings[0])
+    )
+    assert main(["quant", "convert", str(source), str(folder / "n.gguf"), "--scheme", "w4a16"]) == ExitCode.OK
+    assert "no multiple of 256" in capsys.readouterr().err
+    assert plan_conversion(source, Request("q8_0", (("spare", "q4_k"),))).warnings == ()
+
+
+def test_a_type_of_single_tensors_that_they_would_not_get_is_refused(folder):
+    source = write_model(folder / "source.gguf", extra=SPARE)
+    with pytest.raises(InputError, match=r"ffn=q4_K cannot be kept: \S+ would become Q5_0, since its rows of \d+ are"):
+        plan_conversion(source, Request("q8_0", (("ffn", "q4_K"),)))
+    with pytest.raises(InputError, match=r"attn_norm=q5_0 cannot be kept: llama\.cpp leaves"):
+        plan_conversion(source, Request("q8_0", (("attn_norm", "q5_0"),)))
+
+
+def test_a_pattern_that_comes_too_late_is_told(tiny_model):
+    [warning] = plan_conversion(tiny_model, Request("q8_0", (("ffn", "q5_0"), ("ffn_up", "q4_0")))).warnings
+    assert warning.startswith("--tensor ffn_up=q4_0 has no effect: an earlier --tensor fits all 2 matrices")
+    narrow_first = Request("q8_0", (("ffn_up", "q5_0"), ("ffn", "q4_0")), "f16")
+    assert plan_conversion(tiny_model, narrow_first).warnings == ()
+
+
 def test_every_refusal_is_a_sentence_with_a_remedy(tiny_model, folder):
     (folder / "junk.dat").write_bytes(b"\x00\x01")
     for request in (Request("q4"), Request("q4_0", imatrix=folder / "junk.dat"), Request("q4_0", output_type="x")):
