@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..runtime.model import Answered, Question, Recipe
 
 
+_FEW_BITS = 4
+"""Of weights, from which down thresholds of certainty, tuned at 16, should be looked at again."""
 _N_TEMPLATE = 1024
 """Tokens that a prompt may have besides the question."""
 
@@ -128,15 +130,17 @@ def warn(path: Path, config: Config) -> None:
     from ..quant.inspect import inspect
     from ..runtime.errors import ModelError
     from ..runtime.parts import read_local
-    from ..runtime.precision import advice
 
     if config.settings.model is None:
         return
     with contextlib.suppress(ModelError):
         report = inspect(read_local(path))
-        found = advice(report.precision, report.n_parameters, config.settings.cache_type or "f16", report.architecture)
+        found = report.advice(config.settings.cache_type or "f16")
+        has_certainty = make_recipe(config, is_insisting=True).get("suppress") is not None
+        if has_certainty and report.precision.weight_bits <= _FEW_BITS:
+            found.append(f"the certainty that suppress goes by was tuned at 16 bits, not for {report.precision.scheme}")
         if found:
-            _tell(found[0])
+            _tell("; ".join(found))
 
 
 def _tell(sentence: str) -> None:

@@ -89,12 +89,10 @@ class ChatBackend:
         """What is known to hurt in these weights or this cache."""
         from ..quant.inspect import inspect
         from ..runtime.parts import read_local
-        from ..runtime.precision import advice
 
         with contextlib.suppress(ModelError):
             report = inspect(read_local(path))
-            cache_type = self._config.settings.cache_type or "f16"
-            return next(iter(advice(report.precision, report.n_parameters, cache_type, report.architecture)), "")
+            return "; ".join(report.advice(self._config.settings.cache_type or "f16"))
         return ""
 
     @contextlib.contextmanager

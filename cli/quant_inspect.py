@@ -89,6 +89,8 @@ def _lines(report: "Report") -> Iterator[str]:
     yield _row("thinking", report.thinking_format)
     made = ", ".join(f"{key} {value}" for key, value in report.imatrix.items())
     yield _row("imatrix", made or "none named")
+    if report.made_from:
+        yield _row("made from", ", ".join(f"{key} {value}" for key, value in report.made_from.items()))
     for warning in report.warnings:
         yield safe(f"warning: {warning}")
 

@@ -115,6 +115,7 @@ def _published(repository: str, hub: Ranged, folder: Path) -> list[Source]:
             n_bits=n_bits,
             scheme=scheme,
             source_scheme="",
+            has_imatrix=False,
             header=_retyped(file.header, scheme),
         )
         found.append(Source(one, file))

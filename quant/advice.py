@@ -42,7 +42,10 @@ def _beside(options: list[Option]) -> list[str]:
             found.append(f"{other.name} fits with less context only")
         elif other.n_parameters * SAME_SIZE <= n:
             found.append(f"a larger model comes before more bits, so before {other.name}")
-        elif best.candidate.n_bits != other.n_bits:
+        elif best.candidate.n_bits == other.n_bits:
+            if best.candidate.has_imatrix and not other.has_imatrix:
+                found.append(f"it was made with an importance matrix, {other.name} without, or it does not tell")
+        else:
             found.append(f"{best.candidate.n_bits} bits come before the {other.n_bits} of {other.name}")
     larger = [o for o in options if o.verdict is Verdict.LARGE and o.candidate.n_parameters > n]
     if larger:

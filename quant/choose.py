@@ -1,11 +1,11 @@
 """Which file, cache type and context to take: what fits, in the order of what is known of quantised reasoning. Pure.
 
 The rules are our reading of "Quantization Hurts Reasoning?" (COLM 2025) for GGUF: 8-bit weights are the default; 4-bit
-weights cost about a point from 7B on and three to six at 1.5B; below 4 bits much is lost. The cache is 16-bit below 7B
-and 8-bit from there on, 4-bit from 14B only. A larger model at 4 bits comes before a smaller one at 16. Hard tasks, and
-models trained by reinforcement, lose several times as much and get one class more bits: weights of 16 bits before 8,
-a warning of 4 at any size, a cache of 16 bits before 8, and none of 4. Sizes are those that names speak of, parameters
-rounded to whole billions.
+weights cost about a point from 7B on and three to four at 1.5B, on AIME up to six; below 4 bits much is lost. The cache
+is 16-bit below 7B and 8-bit from there on, 4-bit from 14B only. A larger model at 4 bits comes before a smaller one at
+16. Hard tasks, and models trained by reinforcement, lose several times as much and get one class more bits: weights of
+16 bits before 8, a warning of 4 at any size, a cache of 16 bits before 8, and none of 4. Sizes are those that names
+speak of, parameters rounded to whole billions.
 """
 
 import math
@@ -19,15 +19,16 @@ from ..runtime.errors import ModelUnsupported, OutOfMemory
 from ..runtime.fit import N_BATCH_CPU, N_BATCH_GPU, Free, Wish, fit
 from ..runtime.header import Header
 from ..runtime.memory import is_cache_possible, split_usage, token_bytes, weights_bytes
+from ..runtime.precision import is_reinforced
 from .evidence import Measured
-from .weights import find_precision
+from .weights import find_precision, has_imatrix
 
 SAME_SIZE = 1.5
 """Models of which one has less than this many times the other's parameters count as equally large."""
 _BILLION = 10**9
+_FEW_BITS = 5
+"""Below which an importance matrix is worth having."""
 _N_CONTEXT_UNKNOWN = 4096
-_REINFORCED = re.compile(r"(?:^|[^a-z])qwq(?:[^a-z]|$)", re.IGNORECASE)
-"""Names of models that were trained by reinforcement and measured to lose more; of others nothing is known."""
 _BITS = re.compile(r"(?:^|[-._/])(?:UD-)?((?:BF|FP|F|I?Q|TQ|MXFP|NVFP)(\d+)(?:_[A-Z0-9]+)*)(?=[-.]|$)", re.IGNORECASE)
 
 
@@ -60,6 +61,8 @@ class Candidate:
     """Trained by reinforcement, as far as the names tell."""
     source_scheme: str = ""
     """The scheme of fewer bits that its weights were made of, if they were."""
+    has_imatrix: bool = False
+    """Made with an importance matrix, as far as the file tells."""
 
     @property
     def n_billions(self) -> int:
@@ -146,7 +149,7 @@ def describe(header: Header, name: str, file_name: str = "") -> Candidate:
         raise ModelUnsupported(f"{name} has no matrices of weights; give a whole model")
     precision, values = find_precision(header), header.values
     architecture = str(values.get("general.architecture", ""))
-    n_train, title = values.get(f"{architecture}.context_length"), values.get("general.name")
+    n_train = values.get(f"{architecture}.context_length")
     return Candidate(
         name=name,
         n_bytes=weights_bytes(header),
@@ -158,7 +161,8 @@ def describe(header: Header, name: str, file_name: str = "") -> Candidate:
         architecture=architecture,
         n_context_train=n_train if isinstance(n_train, int) and n_train > 0 else _N_CONTEXT_UNKNOWN,
         header=header,
-        is_reinforced=any(_REINFORCED.search(text) for text in (name, file_name, title) if isinstance(text, str)),
+        is_reinforced=is_reinforced(name, file_name, values.get("general.name")),
+        has_imatrix=has_imatrix(values),
     )
 
 
@@ -198,12 +202,14 @@ def _levels(options: list[Option]) -> dict[int, int]:
 
 
 def _preference(option: Option, level: int, wish: _Wish) -> tuple[float, ...]:
-    """Larger models first, then 8 bits, then 16 (or 16 before 8), then the more bits."""
+    """Larger models first, then 8 bits, then 16 (or 16 before 8), then the more bits; of few bits alike, those made
+    with an importance matrix."""
     candidate = option.candidate
     preferred = candidate.n_bits == 8 if not wish.has_more(candidate) else candidate.n_bits > 8
     order = 0 if preferred else 1 if candidate.n_bits >= 8 else 10 - candidate.n_bits
     is_worse = any(one.is_worse(option.cache_type) for one in option.measured)
-    return (level, is_worse, order, len(option.warnings), -candidate.n_parameters, candidate.n_bytes)
+    is_blind = candidate.n_bits < _FEW_BITS and not candidate.has_imatrix
+    return (level, is_worse, order, is_blind, len(option.warnings), -candidate.n_parameters, candidate.n_bytes)
 
 
 def _judge(candidate: Candidate, room: Room, wish: _Wish, measured: tuple[Measured, ...]) -> Option:
@@ -258,7 +264,7 @@ def _weights(candidate: Candidate, has_more: bool) -> tuple[list[str], list[str]
         return ["4-bit weights cost about one point from 7B on"], [], ""
     if size >= 4:
         return [], ["nothing is known of 4-bit weights between 1.5B, where they cost 3 points or more, and 7B"], ""
-    return [], ["4-bit weights cost 3 to 6 points at 1.5B"], ""
+    return [], ["4-bit weights cost 3 to 4 points on average at 1.5B, 3 to 6 on AIME"], ""
 
 
 def cache_types(candidate: Candidate, is_forced: bool = False, has_more: bool = False) -> list[str]:

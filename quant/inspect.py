@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..runtime.devices import CPU, Backend
@@ -12,15 +13,14 @@ from ..runtime.header import Header, TensorEntry, check_header
 from ..runtime.memory import is_cache_possible, is_tied, scheme_of, tensor_bytes, token_bytes, weights_bytes
 from ..runtime.native import CACHE_TYPES
 from ..runtime.parts import Piece, join
-from ..runtime.precision import Precision, advice
+from ..runtime.precision import Precision, advice, is_reinforced
 from ..runtime.schemes import MAIN_SCHEMES, SCHEMES
 from .backend import effective
 from .gguf import ARCHITECTURES
-from .weights import MAIN_SHARE, find_file_type, find_precision, layer_shares
+from .weights import IMATRIX, MAIN_SHARE, RECORD, find_file_type, find_precision, has_imatrix, layer_shares
 
 _N_TOKENS = 1000
 """Of which the cache is told."""
-_IMATRIX = "quantize.imatrix."
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,16 @@ class Report:
     has_template: bool
     thinking_format: str
     imatrix: dict[str, Any]
+    made_from: dict[str, Any]
+    """What `localreason quant convert` recorded of the file's origin."""
+    is_reinforced: bool
+    """Trained by reinforcement, as far as the names tell."""
     quantization_version: int | None
     warnings: tuple[str, ...]
+
+    def advice(self, cache_type: str) -> list[str]:
+        """What is known against the weights, or against such a cache, for reasoning."""
+        return advice(self.precision, self.n_parameters, cache_type, self.architecture, self.is_reinforced)
 
 
 def inspect(pieces: Sequence[Piece], cache_type: str = "f16", backends: Iterable[Backend] = (CPU,)) -> Report:
@@ -84,7 +92,8 @@ def inspect(pieces: Sequence[Piece], cache_type: str = "f16", backends: Iterable
     n_parameters, weights = sum(math.prod(entry.shape) for entry in header.tensors), weights_bytes(header)
     file_type, precision = find_file_type(header.values), find_precision(header)
     matrices = dict.fromkeys(scheme_of(entry) for entry in header.tensors if len(entry.shape) > 1)
-    return Report(
+    names = (Path(pieces[0].name).name, header.values.get("general.name"))
+    report = Report(
         name=pieces[0].name,
         n_files=len(pieces),
         n_bytes=header.n_bytes,
@@ -101,9 +110,11 @@ def inspect(pieces: Sequence[Piece], cache_type: str = "f16", backends: Iterable
         effective={
             backend.name: {scheme.name: effective(scheme, backend) for scheme in matrices} for backend in backends
         },
-        warnings=tuple(_warnings(pieces, header, file_type, precision, n_parameters, cache_type)),
+        warnings=(),
+        is_reinforced=is_reinforced(*names),
         **_metadata(header.values),
     )
+    return replace(report, warnings=tuple(_warnings(pieces, header, report, cache_type)))
 
 
 def _metadata(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +128,10 @@ def _metadata(values: Mapping[str, Any]) -> dict[str, Any]:
         "n_context": _integer(values.get(f"{architecture}.context_length")),
         "has_template": bool(template),
         "thinking_format": detect(template, texts).name,
-        "imatrix": {key.removeprefix(_IMATRIX): value for key, value in values.items() if key.startswith(_IMATRIX)},
+        "made_from": {
+            key.removeprefix(RECORD): value for key, value in values.items() if key.startswith(RECORD) and value != ""
+        },
+        "imatrix": {key.removeprefix(IMATRIX): value for key, value in values.items() if key.startswith(IMATRIX)},
         "quantization_version": _integer(values.get("general.quantization_version")),
     }
 
@@ -154,16 +168,9 @@ def _parts(header: Header) -> tuple[PartSum, ...]:
     return tuple(PartSum(name, len(sizes), sum(sizes)) for name, sizes in found.items() if sizes or name != "other")
 
 
-def _warnings(
-    pieces: Sequence[Piece],
-    header: Header,
-    file_type: str | None,
-    precision: Precision,
-    n_parameters: int,
-    cache_type: str,
-) -> Iterable[str]:
+def _warnings(pieces: Sequence[Piece], header: Header, report: Report, cache_type: str) -> Iterable[str]:
     """One sentence each, what makes the file unusable first."""
-    architecture = str(header.values.get("general.architecture", ""))
+    precision = report.precision
     for piece in pieces:
         ends = [
             (piece.header.data_offset + entry.offset + tensor_bytes(entry), entry) for entry in piece.header.tensors
@@ -178,20 +185,20 @@ def _warnings(
         check_header(header.values, pieces[0].name)
     except ModelBroken as error:
         yield str(error)
-    yield from _about_types(header, file_type)
+    yield from _about_types(header, report.file_type)
     if precision.is_inflated:
         yield (
             f"the {precision.scheme} weights were made of {precision.source_scheme} and are no better than that; "
             f"make the file of one of 16 bits"
         )
-    if architecture not in ARCHITECTURES:
+    if report.architecture not in ARCHITECTURES:
         yield (
-            f"the architecture {architecture!r} is not known to give the same answers cut in windows, so it cannot be "
-            f"shared with --cluster; known are {', '.join(ARCHITECTURES)}"
+            f"the architecture {report.architecture!r} is not known to give the same answers cut in windows, so it "
+            f"cannot be shared with --cluster; known are {', '.join(ARCHITECTURES)}"
         )
     if not is_cache_possible(header, cache_type):
         yield f"the heads of the model do not fill the blocks of a {cache_type} cache; take the cache type f16"
-    yield from advice(precision, n_parameters, cache_type, architecture)
+    yield from report.advice(cache_type)
 
 
 def _about_types(header: Header, file_type: str | None) -> Iterable[str]:
@@ -202,7 +209,7 @@ def _about_types(header: Header, file_type: str | None) -> Iterable[str]:
         said = f", although the file says {file_type}, which is mostly {main}" if file_type is not None else ""
         yield f"types are mixed: the weights of the layers are {listed}{said}; judge the file by these"
     packed = SCHEMES[next(iter(shares))]
-    if packed.weight_bits <= 4 and not packed.is_native and not any(key.startswith(_IMATRIX) for key in header.values):
+    if packed.weight_bits <= 4 and not packed.is_native and not has_imatrix(header.values):
         yield (
             f"{packed.name} weights were made without an importance matrix, or the file does not tell; "
             f"one made with it, from the model's own reasoning, loses less"

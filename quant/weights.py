@@ -11,6 +11,8 @@ from ..runtime.schemes import FILE_TYPES, MAIN_SCHEMES
 
 RECORD = "localreason.convert."
 """What metadata begin with in which a converted file tells its origin."""
+IMATRIX = "quantize.imatrix."
+"""What metadata begin with that tell of an importance matrix."""
 MAIN_SHARE = 0.5
 """Of the weights of the layers that the scheme in a file's metadata should hold."""
 _SOURCE = f"{RECORD}source_scheme"
@@ -29,6 +31,11 @@ def source_scheme(header: Header) -> str:
     """What a file made of this one tells of it: its scheme, or that of its own source where that has fewer bits."""
     known = find_precision(header)
     return known.source_scheme if known.is_inflated else known.scheme
+
+
+def has_imatrix(values: Mapping[str, Any]) -> bool:
+    """True where a file tells that it was made with an importance matrix."""
+    return any(key.startswith(IMATRIX) for key in values)
 
 
 def find_file_type(values: Mapping[str, Any]) -> str | None:

@@ -18,3 +18,14 @@ def test_a_four_bit_cache_on_a_small_model_is_warned_of(tmp_path, cache_type, is
     assert len(lines) == is_warned
     assert all("cache" in line for line in lines)
     assert "localreason:" not in subprocess.run([*command, "-q"], capture_output=True, text=True, timeout=60).stderr
+
+
+def test_all_that_is_known_against_a_choice_is_in_the_line(tmp_path):
+    made = {"llama.context_length": 4096, "localreason.convert.source_scheme": "Q4_0"}
+    model = write_model(tmp_path / "tiny.gguf", values=made)
+    command = [*RUN, "solve", "What is 2 + 3?", "--model", str(model), "--max-tokens", "4", "--cache-type", "q4_0"]
+    done = subprocess.run([*command, "-p", "fast"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("localreason:")]
+    for words in ("weights in 4 bits", "a q4_0 cache", "the certainty that suppress goes by was tuned at 16 bits"):
+        assert words in line

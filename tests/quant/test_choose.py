@@ -85,7 +85,8 @@ def test_models_of_about_the_same_size_are_ordered_by_their_bits():
 
 
 @pytest.mark.parametrize(
-    ("billions", "warning"), [(1.5, "3 to 6 points"), (3, "3 to 6 points"), (4.02, "nothing is known"), (6.74, None)]
+    ("billions", "warning"),
+    [(1.5, "4 points on average"), (3, "4 points on average"), (4.02, "nothing is known"), (6.74, None)],
 )
 def test_four_bit_weights_are_warned_of_below_7b(billions, warning):
     [option] = ranked(64, candidate(billions, "Q4_K_M"))
@@ -255,6 +256,16 @@ def test_cache_types_that_the_heads_do_not_fill_are_not_recommended():
     odd = candidate(8, "Q8_0", n_embd=2560, n_heads=32)
     assert cache_types(odd) == cache_types(odd, is_forced=True) == ["f16"]
     assert ranked(64, odd)[0].cache_type == "f16"
+
+
+def test_of_files_alike_one_made_with_an_importance_matrix_comes_first():
+    plain = candidate(8, "Q4_K_M")
+    guided = replace(plain, name="guided", has_imatrix=True)
+    found = ranked(64, plain, guided)
+    assert names(found) == ["guided", "m8-Q4_K_M"]
+    assert "made with an importance matrix, m8-Q4_K_M without" in explain(found, "64 GiB free")[1]
+    large = candidate(8, "Q8_0")
+    assert names(ranked(64, large, replace(large, name="guided", has_imatrix=True)))[0] == "m8-Q8_0"
 
 
 def test_hard_tasks_get_one_class_more_bits():

@@ -136,6 +136,14 @@ def test_an_importance_matrix_is_shown_and_ends_its_warning(home: Path):
     assert not warned(report(write_large(home / "n.gguf", "MXFP4", 120)), "importance")  # trained so
 
 
+def test_what_a_file_was_made_of_is_shown(home: Path, capfd: pytest.CaptureFixture[str]):
+    made = {"localreason__convert__source": "big.gguf", "localreason__convert__tensors.0": ""}
+    path = write_large(home / "m.gguf", "Q8_0", 120, **made)
+    assert report(path).made_from == {"source": "big.gguf"}
+    assert main(["quant", "inspect", str(path)]) == ExitCode.OK
+    assert re.search("made from +source big.gguf\n", capfd.readouterr().out)
+
+
 def test_a_name_that_does_not_fit_the_weights_is_told(home: Path):
     found = report(write_large(home / "m.gguf", "Q5_0", file_type=FTYPES["Q4_K_M"]))
     assert found.precision.scheme == "Q5_0"

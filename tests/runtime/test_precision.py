@@ -2,7 +2,7 @@
 
 import pytest
 
-from localreason.runtime.precision import Precision, advice
+from localreason.runtime.precision import Precision, advice, is_reinforced
 
 
 def said(scheme: str, n_parameters: float, cache_type: str = "f16", architecture: str = "llama") -> list[str]:
@@ -69,3 +69,29 @@ def test_every_warning_is_one_sentence_with_a_remedy():
             assert "take " in warning
             assert "\n" not in warning
             assert not warning.endswith(".")
+
+
+def test_a_model_trained_by_reinforcement_gets_one_class_more_bits():
+    (warning,) = advice(Precision("Q4_K_M", 4.8), int(32e9), "f16", "qwen2", has_more=True)
+    assert "reinforcement" in warning
+    assert "take Q8_0" in warning
+    (warning,) = advice(Precision("Q8_0", 8.5), int(32e9), "q4_0", "qwen2", has_more=True)
+    assert "reinforcement" in warning
+    assert advice(Precision("Q8_0", 8.5), int(32e9), "q8_0", "qwen2", has_more=True) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "is_known"),
+    [
+        ("QwQ-32B-Q8_0.gguf", True),
+        ("MiMo-7B-RL.Q4_K_M.gguf", True),
+        ("agentica_DeepScaleR-1.5B", True),
+        ("Magistral-Small-2506", True),
+        ("Qwen2.5-Math-GRPO", True),
+        ("aqwqa", False),
+        ("DeepSeek-R1-Distill-Qwen-1.5B", False),
+        ("world-7b", False),
+    ],
+)
+def test_reinforcement_is_known_by_names(name: str, is_known: bool):
+    assert is_reinforced(None, name, 3) == is_known
