@@ -17,6 +17,8 @@ from .quant_report import tell
 if TYPE_CHECKING:
     from ..quant.convert import Plan
 
+_FEW_CHUNKS = 10
+"""Of 512 tokens: below it the means of a matrix hang on single sentences."""
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A path or a name of a model, best of 16 bits a weight.")]
 Target = Annotated[Path, typer.Argument(metavar="DST", help="The GGUF file to make.")]
 SchemeName = Annotated[str, typer.Option("--scheme", help="A file type such as q8_0, q4_k_m, f16; or w8a8, w4a16.")]
@@ -65,7 +67,7 @@ def convert(
       localreason quant convert qwen3-f16.gguf small.gguf --scheme q4_k_m --imatrix traces.gguf
       localreason quant convert qwen3-f16.gguf mixed.gguf --scheme q4_0 --tensor 'ffn_down=q6_k' --output-type q8_0
     """
-    from ..quant.convert import check_target, plan_conversion
+    from ..quant.convert import check_target, disk_bytes, plan_conversion
     from ..quant.convert import convert as write
     from ..quant.request import Request
 
@@ -77,7 +79,9 @@ def convert(
     for warning in plan.warnings:
         tell(warning)
     row = _row(plan, path, target)
-    if not is_dry:
+    if is_dry:
+        row["free_bytes"] = disk_bytes(target.parent) if target.parent.is_dir() else None
+    else:
         with _bar("converting", lambda n: f"{n / 1e6:.0f} MB") as show:
             seconds = write(plan, target, checksum.sha256(path), is_forced, n_threads, show)
         row["seconds"] = round(seconds, 3)
@@ -97,9 +101,12 @@ def _sentence(plan: "Plan", row: dict[str, Any]) -> str:
     """What is said of a conversion to a person."""
     types = ", ".join(f"{n} {kind}" for kind, n in plan.counts.items())
     seconds = f", {row['seconds']:.1f} s" if "seconds" in row else ""
+    room, free = "", row.get("free_bytes")
+    if free is not None:
+        room = f"\nthe disk has {free} bytes free, {'enough' if free >= plan.n_bytes else 'too few'}"
     return (
         f"{row['target']}: {plan.scheme}, {plan.n_bytes} bytes ({plan.bits_per_weight:.2f} bits a weight), "
-        f"tensors: {types}\nfrom {row['source']}: {row['source_bytes']} bytes{seconds}"
+        f"tensors: {types}\nfrom {row['source']}: {row['source_bytes']} bytes{seconds}{room}"
     )
 
 
@@ -153,13 +160,16 @@ def imatrix(
     row = {"model": str(path), "imatrix": str(output), "from": str(texts), "tokens": importance.n_tokens}
     row |= {"chunks": importance.n_chunks, "entries": len(importance.entries)}
     row |= {"seconds": round(time.monotonic() - started, 3)}
-    if is_json:
-        print(json.dumps(row, indent=2))
-        return
-    print(f"{output}: {row['entries']} tensors from {row['tokens']} tokens in {row['seconds']:.1f} s")
+    said = f"{output}: {row['entries']} tensors from {row['tokens']} tokens in {row['seconds']:.1f} s"
+    print(json.dumps(row, indent=2) if is_json else said)
+    if importance.n_chunks < _FEW_CHUNKS:
+        tell(
+            f"{importance.n_chunks} chunk{'s' if importance.n_chunks > 1 else ''} of text are few for an importance "
+            f"matrix, which then fits these texts only; give {_FEW_CHUNKS} or more, better a hundred"
+        )
     if importance.reached_share < 1:
         missed = f"{1 - importance.reached_share:.1%} of the matrices"
-        print(f"{missed} are of experts that saw no token and count evenly; give more text", file=sys.stderr)
+        tell(f"{missed} are of experts that saw no token and count evenly; give more text")
 
 
 def _pairs(texts: list[str]) -> tuple[tuple[str, str], ...]:

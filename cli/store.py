@@ -106,7 +106,8 @@ def find(reference: str, store: Path) -> Path | None:
             return stored.path
     target = CATALOGUE[reference].reference if reference in CATALOGUE else reference
     if path.exists():
-        raise ModelNotFound(f"{reference} is a folder; name the GGUF file in it")
+        what = "a folder; name the GGUF file in it" if path.is_dir() else "no regular file; name a GGUF file"
+        raise ModelNotFound(f"{reference} is {what}")
     match = None if reference.startswith((".", "/", "~")) else REFERENCE.fullmatch(target)
     if not match:
         raise ModelNotFound(

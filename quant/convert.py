@@ -26,6 +26,8 @@ from .job import Job, run_job
 from .request import LONGEST_VALUE, Request, check_asked, check_importance, check_source, check_types, find_type
 from .weights import RECORD, source_scheme
 
+_MOST_NAME_BYTES = 200
+"""Of a target's name that go into the name of its half file; file systems take 255 in all."""
 _PART = re.compile(r"\..+\.(\d+)\.localreason-part")
 
 
@@ -114,13 +116,14 @@ def convert(
     """
     check_target(plan.source.path, target, is_forced)
     _sweep(target.parent)
-    free = (free_bytes or _free_bytes)(target.parent)
+    free = (free_bytes or disk_bytes)(target.parent)
     if plan.n_bytes > free:
         raise OutputError(
             f"the new file takes {plan.n_bytes} bytes and {target.parent} has {free} free; "
             f"free space, choose a smaller scheme or another folder"
         )
-    part = target.absolute().with_name(f".{target.name[:200]}.{os.getpid()}.localreason-part")
+    name = target.name.encode("utf-8", "replace")[:_MOST_NAME_BYTES].decode("utf-8", "ignore")
+    part = target.absolute().with_name(f".{name}.{os.getpid()}.localreason-part")
     values = {**plan.job.values, f"{RECORD}source_sha256": source_sha256}
     job = replace(plan.job, target=str(part), n_threads=n_threads, values=values)
     started = time.monotonic()
@@ -202,7 +205,7 @@ def _check_result(plan: Plan, part: Path) -> None:
     if n_bytes != plan.n_bytes:
         raise OutputError(
             f"{n_bytes} bytes were written and {plan.n_bytes} planned; is {part.parent} full? It has "
-            f"{_free_bytes(part.parent)} bytes free"
+            f"{disk_bytes(part.parent)} bytes free"
         )
     made = {name: tensor.type_name for name, tensor in ModelFile(part).tensors.items()}
     if made != plan.types:
@@ -219,7 +222,8 @@ def _sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def _free_bytes(folder: Path) -> int:
+def disk_bytes(folder: Path) -> int:
+    """Free bytes of the disk that a folder is on."""
     return shutil.disk_usage(folder).free
 
 

@@ -35,12 +35,6 @@ class Scheme:
         """True for types that are stored value by value, without blocks."""
         return self.n_values == 1
 
-    def row_bytes(self, n: int) -> int:
-        """Bytes of `n` values, which must fill blocks. Raises ValueError."""
-        if n % self.n_values:
-            raise ValueError(f"{n} values do not fill blocks of {self.n_values} of {self.name}")
-        return n // self.n_values * self.n_bytes
-
 
 _TYPES = (
     ("F32", 0, 1, 4, 32),

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -247,6 +249,27 @@ def test_too_little_space_is_noticed_before_anything_is_written(tiny_model, fold
     convert(plan, folder / "new.gguf", SHA256, free_bytes=lambda _: plan.n_bytes)
 
 
+def test_a_file_of_another_size_than_planned_does_not_stay(tiny_model, folder):
+    plan = plan_conversion(tiny_model, Request("q8_0"))
+
+    with pytest.raises(OutputError, match=f"{plan.n_bytes} bytes were written and {plan.n_bytes + 32} planned"):
+        convert(replace(plan, n_bytes=plan.n_bytes + 32), folder / "new.gguf", SHA256)
+
+    assert not list(folder.iterdir())
+
+
+def test_a_long_name_is_cut_by_bytes_for_the_half_file(tiny_model, folder):
+    target = folder / ("ü" * 120 + ".gguf")
+    convert(plan_conversion(tiny_model, Request("q8_0")), target, SHA256)
+    assert list(folder.iterdir()) == [target]
+
+
+def test_a_dry_run_says_whether_the_disk_has_room(tiny_model, folder, capsys):
+    line = ["quant", "convert", str(tiny_model), str(folder / "new.gguf"), "--scheme", "q8_0", "--dry-run"]
+    assert main(line) == ExitCode.OK
+    assert re.search(r"the disk has \d+ bytes free, enough", capsys.readouterr().out)
+
+
 def test_progress_goes_through_all_tensors_and_an_interruption_leaves_no_file(tiny_model, folder):
     plan, told = plan_conversion(tiny_model, Request("q8_0")), []
     children = psutil.Process().children()
@@ -314,6 +337,7 @@ def test_the_command_converts_and_describes(tiny_model, folder, capsys):
 
     assert main([*line, "--dry-run"]) == ExitCode.OK
     planned = json.loads(capsys.readouterr().out)
+    assert planned.pop("free_bytes") > planned["bytes"]
     assert not target.exists()
     assert main(line) == ExitCode.OK
     row = json.loads(capsys.readouterr().out)

@@ -248,7 +248,10 @@ def test_the_command_makes_a_matrix_that_convert_takes(tiny_model, tmp_path, cap
     line = ["quant", "imatrix", str(tiny_model), "-o", str(matrix), "--from", str(tmp_path / "rows.jsonl")]
 
     assert main([*line, "--json"]) == ExitCode.OK
-    row = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    row = json.loads(printed.out)
+    assert f"localreason: {row['chunks']} chunk" in printed.err
+    assert "few for an importance matrix" in printed.err
     assert row["entries"] == 14
     assert row["tokens"] > 100
     assert main(line) == ExitCode.OUTPUT

@@ -60,10 +60,10 @@ def write_large(
     for key, value in values.items():
         writer.add_string(key.replace("__", "."), value)
     kind = gguf.GGMLQuantizationType[scheme]
+    row_bytes = n_embd // SCHEMES[scheme].n_values * SCHEMES[scheme].n_bytes
     rows = {"token_embd": 32000, "output": 32000, **{f"blk.{i}.ffn_up": 4 * n_embd for i in range(n_layers)}}
     for name, n_rows in rows.items():
-        n_bytes = n_rows * SCHEMES[scheme].row_bytes(n_embd)
-        shape = (n_rows, SCHEMES[scheme].row_bytes(n_embd))
+        shape, n_bytes = (n_rows, row_bytes), n_rows * row_bytes
         writer.add_tensor_info(f"{name}.weight", shape, np.dtype(np.uint8), n_bytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -71,8 +71,7 @@ def write_large(
     writer.close()
     header = read_table(path)
     last = header.tensors[-1]
-    size = last.shape[1] * SCHEMES[scheme].row_bytes(last.shape[0])
-    os.truncate(path, header.data_offset + last.offset + size)
+    os.truncate(path, header.data_offset + last.offset + last.shape[1] * row_bytes)
     return path
 
 
@@ -417,6 +416,13 @@ def test_a_vocabulary_without_tensors_is_refused_as_that(
     writer.close()
     assert main(["quant", *args]) == ExitCode.MODEL
     assert "v.gguf holds no tensors" in capfd.readouterr().err
+
+
+def test_what_is_neither_file_nor_folder_is_not_called_a_folder(home: Path, capfd: pytest.CaptureFixture[str]):
+    assert main(["quant", "inspect", os.devnull]) == ExitCode.MODEL
+    assert "is no regular file" in capfd.readouterr().err
+    assert main(["quant", "inspect", str(home)]) == ExitCode.MODEL
+    assert "is a folder" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("data", [b"", b"GGUF", b"no model at all, but long enough to have a header"])
