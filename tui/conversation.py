@@ -42,10 +42,12 @@ class Stats:
     tokens_per_second: float = 0.0
     """Of all samples together, since the first token."""
     stop: str = ""
-    """`end`, `length`, `context`, `repeating`, `stopped`, or `error`."""
+    """`end`, `length`, `context`, `repeating`, `stopped`, `error`, or `interrupted`: the program ended before it."""
     model: str = ""
     preset: str = ""
     seed: int = 0
+    problem: str = ""
+    """What an `error` was, one sentence for the user."""
 
 
 @dataclass(frozen=True, slots=True)

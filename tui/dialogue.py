@@ -105,7 +105,7 @@ class Dialogue:
         if run is None or (event is not None and event.reply is not run.reply):
             return None
         self.run = None
-        stats = event.stats if isinstance(event, Ended) else None
+        stats = event.stats if isinstance(event, Ended) else run.reply.stats
         state: State = "done" if stats is not None and stats.stop == "end" else "stopped"
         sample = run.reply.winner or run.reply.best
         answer, thinking, marks = (sample.answer, sample.thinking, tuple(sample.marks)) if sample else ("", "", ())

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..runtime.controls.budget import BudgetForcing
 from ..runtime.controls.search import FirstFinishSearch
@@ -220,8 +220,8 @@ class Reply:
         """True since `stop`."""
         return self._is_stopped
 
-    def end(self, model: str, is_failed: bool = False) -> Stats:
-        """It is over: choose the winner and sum up."""
+    def end(self, model: str, problem: str = "") -> Stats:
+        """It is over, by a problem or as it should: choose the winner and sum up."""
         for sample in self.samples:
             sample.sequence.finish = sample.sequence.finish or "error"
         chosen = self._search.winner() if self._search else None
@@ -229,17 +229,25 @@ class Reply:
         self.winner = by_index[chosen.sample if chosen else 0] if by_index else None
         if self.winner and self._search:
             self.winner.counters["search"] = dict(self._search.counters)
-        self.stats = self._sum_up(model)
+        self.stats = self._sum_up(model, problem)
         is_cut = self._is_stopped and self.stats.stop in ("stopped", "error")
-        self.state = "failed" if is_failed else "stopped" if is_cut else "done"
+        self.state = "failed" if problem else "stopped" if is_cut else "done"
         return self.stats
 
-    def _sum_up(self, model: str) -> Stats:
-        total = time.perf_counter() - self.asked
+    def _sum_up(self, model: str, problem: str) -> Stats:
+        rest = Stats(
+            total_seconds=time.perf_counter() - self.asked,
+            stop="error" if problem else "stopped",
+            model=model,
+            preset=self.preset,
+            seed=self.recipe.seed,
+            problem=problem,
+        )
         if self.winner is None:
-            return Stats(total_seconds=total, stop="stopped", model=model, preset=self.preset, seed=self.recipe.seed)
+            return rest
         counts = self.winner.sequence.counts
-        return Stats(
+        return replace(
+            rest,
             n_prompt=counts.prompt,
             n_thinking=counts.thinking,
             n_answer=counts.answer,
@@ -249,12 +257,8 @@ class Reply:
             n_sampled=sum(sample.n_sampled for sample in self.samples),
             first_seconds=self.first_seconds or 0.0,
             thinking_seconds=self.winner.thinking_seconds,
-            total_seconds=total,
             tokens_per_second=self.tokens_per_second,
             stop=self.winner.reason or "error",
-            model=model,
-            preset=self.preset,
-            seed=self.recipe.seed,
         )
 
 

@@ -64,6 +64,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             INSERT INTO texts (texts, rowid, content) VALUES ('delete', old.id, old.content);
         END""",
     ),
+    (),  # the stats of a message may name a problem, which programs of the first version could not read
 )
 """What leads from one version of the file to the next; `user_version` says how many were applied."""
 

@@ -176,7 +176,7 @@ class Streamer:
             return
         if self._feeder is not None:
             self._feeder.flush()
-        reply.end(self._model.name, is_failed=True)
+        reply.end(self._model.name, problem)
         self._release()
         self._post(Failed(reply, problem))
 

@@ -102,7 +102,7 @@ class Streamer:
 
     def fail(self, message: str) -> None:
         assert self.reply is not None
-        self.reply.end("scripted", is_failed=True)
+        self.reply.end("scripted", message)
         self.post(Failed(self.reply, message))
 
 

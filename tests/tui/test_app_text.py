@@ -195,6 +195,23 @@ def test_a_failure_is_told_and_the_next_question_can_be_asked(tmp_path):
     play(tmp_path, scene)
 
 
+def test_a_reply_that_failed_keeps_its_reason_and_its_counts(tmp_path):
+    async def scene(stage):
+        await stage.ask()
+        stage.script.think("half a ")
+        stage.script.fail("the cache is full; give a larger context")
+        await stage.settle()
+        await stage.press("ctrl+n")
+        await stage.until(lambda: "half a" not in stage.text)
+        stage.app.clear_notifications()
+        await stage.press("f9")
+        await stage.until(lambda: "the cache is full; give a larger context" in stage.text)
+        stats = stage.dialogue.path[-1].stats
+        assert (stats.stop, stats.n_thinking) == ("error", 8)
+
+    play(tmp_path, scene)
+
+
 def test_what_is_shown_is_stored_while_it_is_written(tmp_path):
     async def scene(stage):
         await stage.ask()

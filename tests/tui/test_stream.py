@@ -329,6 +329,7 @@ def test_a_failure_of_the_engine_is_told_and_the_next_reply_runs(heard, stream, 
     assert failed.reply is reply
     assert told in failed.message
     assert reply.state == "failed"
+    assert reply.stats.problem == failed.message
     assert heard.text(reply, "think") == reply.winner.thinking != ""
     assert heard.end().reply is waiting
     assert waiting.state == "done"

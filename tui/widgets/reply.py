@@ -121,9 +121,11 @@ def _account(message: Message) -> str:
     parts = [f"{stats.n_answer} tokens"] if stats.n_answer else []
     if stats.n_sampled > stats.n_thinking + stats.n_answer:
         parts.append(f"{stats.n_sampled} in all samples")
-    parts += [f"{stats.total_seconds:.1f} s", f"{stats.tokens_per_second:.1f} tok/s"]
+    parts.append(f"{stats.total_seconds:.1f} s")
+    if stats.tokens_per_second:
+        parts.append(f"{stats.tokens_per_second:.1f} tok/s")
     if stats.preset:
         parts.append(stats.preset)
     if stats.stop in _ENDS:
         parts.append(_ENDS[stats.stop])
-    return " · ".join(parts)
+    return " · ".join(parts) + (f"\n{visible(stats.problem)}" if stats.problem else "")
