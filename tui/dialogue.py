@@ -97,7 +97,8 @@ class Dialogue:
     def save(self) -> None:
         """Store what the running reply has so far."""
         if self.run is not None and (sample := self.run.reply.best) is not None:
-            self.history.save_partial(self.run.message.id, sample.answer, sample.thinking, list(sample.marks))
+            stats = self.run.reply.sum_up(self.model)
+            self.history.save_partial(self.run.message.id, sample.answer, sample.thinking, list(sample.marks), stats)
 
     def finish(self, event: Ended | Failed | None) -> Message | None:
         """Store the reply as it ended; None where the chat ends before it. The message, or None if none was due."""
@@ -106,7 +107,8 @@ class Dialogue:
             return None
         self.run = None
         stats = event.stats if isinstance(event, Ended) else run.reply.stats
-        state: State = "done" if stats is not None and stats.stop == "end" else "stopped"
+        stats = stats or replace(run.reply.sum_up(self.model), stop="stopped")
+        state: State = "done" if stats.stop == "end" else "stopped"
         sample = run.reply.winner or run.reply.best
         answer, thinking, marks = (sample.answer, sample.thinking, tuple(sample.marks)) if sample else ("", "", ())
         message = replace(

@@ -162,11 +162,13 @@ class History:
                 self._unchoose(row[0], message.parent)
                 self._run("UPDATE messages SET is_chosen = 1 WHERE id = ?", (message.id,))
 
-    def save_partial(self, message_id: int, content: str, thinking: str, marks: Iterable[Mark]) -> None:
+    def save_partial(
+        self, message_id: int, content: str, thinking: str, marks: Iterable[Mark], stats: Stats | None = None
+    ) -> None:
         """Store what a reply has so far; meant to be called about twice a second."""
         self._run(
-            "UPDATE messages SET content = ?, thinking = ?, marks = ? WHERE id = ?",
-            (_clean(content), _clean(thinking), _dump(marks), message_id),
+            "UPDATE messages SET content = ?, thinking = ?, marks = ?, stats = ? WHERE id = ?",
+            (_clean(content), _clean(thinking), _dump(marks), _dump_stats(stats), message_id),
         )
 
     def finish(
@@ -179,11 +181,10 @@ class History:
         state: State = "done",
     ) -> None:
         """Store a reply that has ended; it can be found from now on."""
-        dumped = json.dumps(asdict(stats)) if stats else None
         with transaction(self.path, self._database):
             self._run(
                 "UPDATE messages SET content = ?, thinking = ?, marks = ?, stats = ?, state = ? WHERE id = ?",
-                (_clean(content), _clean(thinking), _dump(marks), dumped, state, message_id),
+                (_clean(content), _clean(thinking), _dump(marks), _dump_stats(stats), state, message_id),
             )
             self._run(
                 "UPDATE conversations SET updated = ? WHERE id = (SELECT conversation FROM messages WHERE id = ?)",
@@ -238,6 +239,10 @@ def _message(values: tuple[Any, ...]) -> Message:
 
 def _dump(marks: Iterable[Mark]) -> str:
     return json.dumps([{**asdict(mark), "text": _clean(mark.text)} for mark in marks])
+
+
+def _dump_stats(stats: Stats | None) -> str | None:
+    return json.dumps(asdict(stats)) if stats else None
 
 
 def _clean(text: str) -> str:

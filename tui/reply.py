@@ -229,12 +229,13 @@ class Reply:
         self.winner = by_index[chosen.sample if chosen else 0] if by_index else None
         if self.winner and self._search:
             self.winner.counters["search"] = dict(self._search.counters)
-        self.stats = self._sum_up(model, problem)
+        self.stats = self.sum_up(model, problem)
         is_cut = self._is_stopped and self.stats.stop in ("stopped", "error")
         self.state = "failed" if problem else "stopped" if is_cut else "done"
         return self.stats
 
-    def _sum_up(self, model: str, problem: str) -> Stats:
+    def sum_up(self, model: str, problem: str = "") -> Stats:
+        """How it came about, by its best sample; "interrupted" as long as it runs."""
         rest = Stats(
             total_seconds=time.perf_counter() - self.asked,
             stop="error" if problem else "stopped",
@@ -243,9 +244,10 @@ class Reply:
             seed=self.recipe.seed,
             problem=problem,
         )
-        if self.winner is None:
+        sample = self.best
+        if sample is None:
             return rest
-        counts = self.winner.sequence.counts
+        counts = sample.sequence.counts
         return replace(
             rest,
             n_prompt=counts.prompt,
@@ -254,11 +256,11 @@ class Reply:
             n_forced=counts.forced,
             n_hint=counts.hint,
             n_probe=counts.probe,
-            n_sampled=sum(sample.n_sampled for sample in self.samples),
+            n_sampled=sum(one.n_sampled for one in self.samples),
             first_seconds=self.first_seconds or 0.0,
-            thinking_seconds=self.winner.thinking_seconds,
+            thinking_seconds=sample.thinking_seconds,
             tokens_per_second=self.tokens_per_second,
-            stop=self.winner.reason or "error",
+            stop=(self.winner and self.winner.reason) or "interrupted",
         )
 
 

@@ -220,6 +220,25 @@ def test_what_is_shown_is_stored_while_it_is_written(tmp_path):
         stage.chat.save()
         reply = stage.history.load(stage.dialogue.conversation.id).path()[-1]
         assert (reply.thinking, reply.content, reply.state) == ("first", "then", "partial")
+        assert (reply.stats.n_thinking, reply.stats.n_answer, reply.stats.stop) == (8, 4, "interrupted")
+
+    play(tmp_path, scene)
+
+
+def test_what_a_chat_thought_before_it_was_killed_is_in_sight(tmp_path):
+    async def scene(stage):
+        await stage.ask()
+        stage.script.think("a thought that must not be lost")
+        stage.chat.save()
+        # What a kill leaves behind, and the next start does.
+        stage.history._database.execute("UPDATE messages SET owner = 'gone'")
+        stage.dialogue.run = None
+        stage.history._recover()
+        await stage.chat._open_conversation(stage.dialogue.conversation.id)
+        await stage.until(lambda: "a thought that must not be lost" in stage.text)
+        await stage.until(lambda: "▾ Thought for 1 s · 8 tokens" in stage.text)
+        await stage.until(lambda: "interrupted" in stage.text)
+        await stage.until(lambda: "stopped" not in stage.text)
 
     play(tmp_path, scene)
 

@@ -18,6 +18,7 @@ _ENDS = {
     "repeating": "ended for repeating itself",
     "stopped": "stopped",
     "error": "ended by an error",
+    "interrupted": "interrupted",
 }
 
 
@@ -40,7 +41,7 @@ class ReplyTurn(Turn):
         yield Static(f"reply{self.version_text}", classes="who", markup=False)
         if self.n_samples > 1:
             yield Race(self.n_samples)
-        thinking = Thinking(is_open=False)
+        thinking = Thinking(is_open=not self.is_live and not message.content.strip())
         thinking.text, thinking.marks = message.thinking, list(message.marks)
         thinking.entitle(_thought(message.stats))
         thinking.display = bool(message.thinking)
@@ -117,7 +118,7 @@ def _account(message: Message) -> str:
     """One line under a reply."""
     stats = message.stats
     if stats is None:
-        return {"partial": "interrupted", "stopped": "stopped"}.get(message.state, "")
+        return "" if message.state == "done" else _ENDS["interrupted"]
     parts = [f"{stats.n_answer} tokens"] if stats.n_answer else []
     if stats.n_sampled > stats.n_thinking + stats.n_answer:
         parts.append(f"{stats.n_sampled} in all samples")
