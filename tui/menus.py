@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+from textual import on, work
+
 from ..runtime.controls import combine
 from ..runtime.errors import InputError, LocalReasonError, OutputError
 from . import export
+from .messages import ModelOpened, OpenFailed, OpenProgress, Streamed
 from .screen import ChatScreen
 from .widgets.ask import Ask
 from .widgets.conversations import Conversations
 from .widgets.models import Models
+from .widgets.opening import Opening
 from .widgets.presets import CONTROL, PRESET, Presets, explain
 
 _ATTACHED_BYTES = 1 << 20
@@ -97,6 +101,54 @@ class Menus(ChatScreen):
     def _take_model(self, name: str | None) -> None:
         if name is not None:
             self.open_model(name)
+
+    def open_model(self, name: str) -> None:
+        """Open a model in place of the one that is open."""
+        if self.is_opening:
+            self.notify("A model is being opened already.", severity="warning")
+            return
+        self.is_opening = True
+        if self.dialogue.run is not None:
+            self.dialogue.run.reply.stop()
+        self.dialogue.streamer = None
+        self.query_one(Opening).show(f"opening {name}", 0, 0)
+        self._open(name)
+
+    @work(thread=True)
+    def _open(self, name: str) -> None:
+        def progress(text: str, n_done: int, n_total: int) -> None:
+            self.post_message(OpenProgress(text, n_done, n_total))
+
+        try:
+            opened = self.backend.open(name, lambda event: self.post_message(Streamed(event)), progress)
+        except LocalReasonError as error:
+            self.post_message(OpenFailed(str(error)))
+        else:
+            self.post_message(ModelOpened(opened))
+
+    @on(OpenProgress)
+    def show_progress(self, event: OpenProgress) -> None:
+        self.query_one(Opening).show(event.text, event.n_done, event.n_total)
+
+    @on(ModelOpened)
+    def take_model(self, event: ModelOpened) -> None:
+        self.is_opening = False
+        self.query_one(Opening).hide()
+        self.dialogue.take(event.opened.name, event.opened.streamer)
+        if event.opened.note:
+            self.notify(event.opened.note, markup=False)
+        self.show_heading()
+        self.show_context()
+        self.refresh_bindings()
+
+    @on(OpenFailed)
+    def tell_failure(self, event: OpenFailed) -> None:
+        self.is_opening = False
+        self.query_one(Opening).hide()
+        self.dialogue.model = ""
+        self.notify(event.text, severity="error", timeout=15, markup=False)
+        self.show_heading()
+        self.refresh_bindings()
 
     # --- controls -----------------------------------------------------------------------------------------------
 

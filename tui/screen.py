@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from textual import on, work
+from textual import on
 from textual.app import ComposeResult
 from textual.screen import Screen
 from textual.timer import Timer
@@ -14,7 +14,7 @@ from .backend import Backend
 from .conversation import Message
 from .delta import Delta, Ended, Failed, Progress, SampleEnded, Started
 from .dialogue import Dialogue, Run
-from .messages import ModelOpened, OpenFailed, OpenProgress, Streamed
+from .messages import Streamed
 from .visible import visible
 from .widgets.composer import Composer
 from .widgets.instruments import Instruments
@@ -246,54 +246,4 @@ class ChatScreen(Screen[None]):
             self.notify(event.message, severity="error", markup=False)
         self.show_heading()
         self.show_context()
-        self.refresh_bindings()
-
-    # --- the model ----------------------------------------------------------------------------------------------
-
-    def open_model(self, name: str) -> None:
-        """Open a model in place of the one that is open."""
-        if self.is_opening:
-            self.notify("A model is being opened already.", severity="warning")
-            return
-        self.is_opening = True
-        if self.dialogue.run is not None:
-            self.dialogue.run.reply.stop()
-        self.dialogue.streamer = None
-        self.query_one(Opening).show(f"opening {name}", 0, 0)
-        self._open(name)
-
-    @work(thread=True)
-    def _open(self, name: str) -> None:
-        def progress(text: str, n_done: int, n_total: int) -> None:
-            self.post_message(OpenProgress(text, n_done, n_total))
-
-        try:
-            opened = self.backend.open(name, lambda event: self.post_message(Streamed(event)), progress)
-        except LocalReasonError as error:
-            self.post_message(OpenFailed(str(error)))
-        else:
-            self.post_message(ModelOpened(opened))
-
-    @on(OpenProgress)
-    def show_progress(self, event: OpenProgress) -> None:
-        self.query_one(Opening).show(event.text, event.n_done, event.n_total)
-
-    @on(ModelOpened)
-    def take_model(self, event: ModelOpened) -> None:
-        self.is_opening = False
-        self.query_one(Opening).hide()
-        self.dialogue.take(event.opened.name, event.opened.streamer)
-        if event.opened.note:
-            self.notify(event.opened.note, markup=False)
-        self.show_heading()
-        self.show_context()
-        self.refresh_bindings()
-
-    @on(OpenFailed)
-    def tell_failure(self, event: OpenFailed) -> None:
-        self.is_opening = False
-        self.query_one(Opening).hide()
-        self.dialogue.model = ""
-        self.notify(event.text, severity="error", timeout=15, markup=False)
-        self.show_heading()
         self.refresh_bindings()
