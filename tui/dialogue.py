@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from ..runtime.controls import Parameters
 from ..runtime.recipe import Recipe
+from ..runtime.template import Message as Turn
 from .conversation import Conversation, Message, State
 from .delta import Ended, Failed
 from .history import History, Summary
@@ -57,6 +58,16 @@ class Dialogue:
         return (
             self.run is not None and self.conversation is not None and self.run.conversation.id == self.conversation.id
         )
+
+    def turns(self, text: str = "", edited: Message | None = None) -> list[Turn]:
+        """What the model is asked with this text at the end, or in the place of an edited message; without a text,
+        the conversation as it stands."""
+        conversation = self.conversation or Conversation(0, "", self.model)
+        if not text:
+            return conversation.turns()
+        path = conversation.path()
+        parent = self._parent(edited) if edited is not None else path[-1] if path else None
+        return conversation.put(Message(0, parent.id if parent else None, "user", text)).turns()
 
     def send(self, text: str) -> Run:
         """Store a message of the user at the end and start the reply. There is a model and nothing runs."""

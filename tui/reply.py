@@ -29,6 +29,16 @@ class Context:
         return max(0, self.n_limit - self.n_used)
 
     @property
+    def refusal(self) -> str:
+        """One sentence where a message that is not sent yet has no room; else empty."""
+        if self.n_used < self.n_limit:
+            return ""
+        return (
+            f"with this message the conversation has {self.n_used} tokens and the context holds {self.n_limit} with "
+            f"the reply; shorten the message, start a new conversation, or open the model with a larger context"
+        )
+
+    @property
     def warning(self) -> str:
         """One sentence once the reply could meet the end of the context, though not before a quarter is left; else
         empty. Nothing is ever trimmed: a prompt that does not fit is refused, a reply without room ends."""

@@ -43,6 +43,8 @@ class ChatScreen(Screen[None]):
         """The turn of the running reply, while it is in sight."""
         self._n_entropies = 0
         self._due: Timer | None = None
+        self._folded: tuple[str, ...] = ()
+        """What was folded in the draft when it was last measured."""
 
     def compose(self) -> ComposeResult:
         yield Static("", id="heading", markup=False)
@@ -50,6 +52,7 @@ class ChatScreen(Screen[None]):
         yield Opening(id="opening")
         yield NodeStrip(id="nodes")
         yield Instruments(id="instruments")
+        yield Static("", id="refusal", markup=False)
         yield Composer(id="composer")
         yield Footer(compact=True, show_command_palette=False)
 
@@ -112,18 +115,44 @@ class ChatScreen(Screen[None]):
         self.query_one("#heading", Static).update(f"{title}   {visible(right)}")
 
     def show_context(self) -> None:
-        """The context as it stands while nothing runs."""
-        dialogue = self.dialogue
-        if dialogue.run is not None or dialogue.streamer is None:
+        """The context as it stands while nothing runs, with what was pasted or attached and is not sent yet."""
+        if self.dialogue.run is not None or self.dialogue.streamer is None:
             return
-        turns = dialogue.conversation.turns() if dialogue.conversation is not None else []
-        with self.told():
-            if turns:
-                context = dialogue.streamer.measure(turns, dialogue.recipe)
+        self._refuse("")
+        draft = self.composer.expanded() if self.composer.folded else ""
+        if draft:
+            self._has_room(draft)
+        elif turns := self.dialogue.turns():
+            with self.told():
+                context = self.dialogue.streamer.measure(turns, self.dialogue.recipe)
                 self.instruments.show_context(context.n_used, context.n_limit)
                 self._warn(context.warning)
-            else:
-                self.instruments.show_context(0, 0)
+        else:
+            self.instruments.show_context(0, 0)
+
+    def _has_room(self, draft: str) -> bool:
+        """Whether the context holds the conversation with this message; if not, the reason stands beside it."""
+        assert self.dialogue.streamer is not None
+        with self.told():
+            turns = self.dialogue.turns(draft, self.edited)
+            context = self.dialogue.streamer.measure(turns, self.dialogue.recipe)
+            self.instruments.show_context(context.n_used, context.n_limit)
+            self._refuse(context.refusal)
+            return not context.refusal
+        return False
+
+    def _refuse(self, reason: str) -> None:
+        refusal = self.query_one("#refusal", Static)
+        refusal.update(reason)
+        refusal.display = bool(reason)
+
+    @on(Composer.Changed, "#composer")
+    def weigh(self) -> None:
+        """Measure the draft when a long text came or went; what is typed is too little to look at with every key."""
+        folded = self.composer.folded
+        if folded != self._folded or (not folded and self.query_one("#refusal").display):
+            self._folded = folded
+            self.show_context()
 
     def _warn(self, warning: str) -> None:
         if warning:
@@ -139,7 +168,7 @@ class ChatScreen(Screen[None]):
 
     @on(Composer.Sent)
     async def send(self, event: Composer.Sent) -> None:
-        if not self.is_ready():
+        if not self.is_ready() or not self._has_room(event.text):
             return
         with self.told():
             run = self.dialogue.edit(self.edited, event.text) if self.edited else self.dialogue.send(event.text)

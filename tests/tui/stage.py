@@ -58,7 +58,8 @@ class Streamer:
         return reply
 
     def measure(self, turns, recipe: Recipe) -> Context:
-        return measure(self.engine, recipe, self.n_prompt)
+        n_long = sum(len(turn.content) // 4 for turn in turns if len(turn.content) > 2000)
+        return measure(self.engine, recipe, self.n_prompt + n_long)
 
     def close(self, seconds: float = 10.0) -> bool:
         return True

@@ -165,7 +165,7 @@ def test_a_file_is_attached_as_text(tmp_path):
         await stage.press("ctrl+o")
         await stage.type(str(tmp_path / "notes.txt"))
         await stage.press("enter")
-        assert "[file notes.txt: 7 lines]" in stage.chat.composer.text
+        assert "[file notes.txt: 7 lines, 34 characters]" in stage.chat.composer.text
         await stage.ask(" what is it?")
         assert "```\nline 1\nline 2\n```" in stage.dialogue.path[0].content
         await stage.press("escape")

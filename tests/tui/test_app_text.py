@@ -45,12 +45,53 @@ def test_a_long_paste_stands_as_one_line_and_is_sent_in_full(tmp_path):
 
     async def scene(stage):
         await stage.type(pasted)
-        assert stage.chat.composer.text == "[paste 1: 400 lines]"
+        assert stage.chat.composer.text == f"[paste 1: 400 lines, {len(pasted)} characters]"
         await stage.press("enter")
         assert stage.dialogue.path[0].content == pasted
         assert "row 0" in stage.history.load(stage.dialogue.conversation.id).path()[0].content
         await stage.type("short\npaste")
         assert stage.chat.composer.text == "short\npaste"
+
+    play(tmp_path, scene)
+
+
+def test_a_paste_that_does_not_fit_is_metered_and_refused_and_stays(tmp_path):
+    pasted = "word " * 4000
+
+    async def scene(stage):
+        await stage.talk()
+        await stage.type(pasted)
+        assert stage.chat.query_one("#context", Gauge).value == 5300
+        await stage.until(lambda: "has 5300 tokens and the context holds" in stage.text)
+        await stage.press("enter")
+        assert stage.chat.composer.expanded() == pasted
+        assert len(stage.history.load(stage.dialogue.conversation.id).messages) == 2
+        await stage.until(lambda: "start a new conversation" in stage.text)
+        await stage.press("x")
+        assert stage.chat.query_one("#refusal").display
+        stage.chat.composer.clear()
+        await stage.settle()
+        assert not stage.chat.query_one("#refusal").display
+        assert stage.chat.query_one("#context", Gauge).value == 300
+        await stage.talk("short", "fine")
+        assert stage.dialogue.path[-1].content == "fine"
+
+    play(tmp_path, scene)
+
+
+def test_a_typed_message_without_room_is_refused_until_it_changes(tmp_path):
+    async def scene(stage):
+        await stage.talk()
+        stage.script.n_prompt = 4096
+        await stage.ask("more")
+        assert stage.chat.composer.text == "more"
+        assert len(stage.script.started) == 1
+        await stage.until(lambda: "has 4096 tokens and the context holds" in stage.text)
+        stage.script.n_prompt = 400
+        await stage.press("x")
+        assert not stage.chat.query_one("#refusal").display
+        await stage.press("enter")
+        assert stage.dialogue.path[2].content == "morex"
 
     play(tmp_path, scene)
 

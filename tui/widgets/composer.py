@@ -13,7 +13,7 @@ NEWLINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
 
 
 class Composer(TextArea):
-    """The input. Enter sends; a long paste stands as `[paste 1: 40 lines]` and is sent in full."""
+    """The input. Enter sends; a long paste stands as `[paste 1: 40 lines, 2000 characters]` and is sent in full."""
 
     @dataclass
     class Sent(Message):
@@ -42,9 +42,14 @@ class Composer(TextArea):
     def fold(self, kind: str, name: str, text: str) -> None:
         """Put a text in as one line that stands for it."""
         n_lines = text.count("\n") + 1
-        label = f"[{kind} {name}: {n_lines} {'line' if n_lines == 1 else 'lines'}]"
+        label = f"[{kind} {name}: {n_lines} {'line' if n_lines == 1 else 'lines'}, {len(text)} characters]"
         self._folded[label] = text
         self.insert(label)
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """The lines in the text that stand for more."""
+        return tuple(label for label in self._folded if label in self.text)
 
     def expanded(self) -> str:
         """The text with what was folded."""
