@@ -19,7 +19,7 @@ class Chat(Menus):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "stop", "Stop", key_display="esc", priority=True, tooltip="stop the reply"),
-        Binding("escape", "keep", "Leave it as it is", key_display="esc", priority=True, tooltip="end an edit"),
+        Binding("escape", "keep", "Cancel", key_display="esc", priority=True, tooltip="end an edit"),
         Binding(
             "ctrl+c", "interrupt", "Copy or stop", show=False, priority=True, tooltip="copy a selection, else stop"
         ),

@@ -116,4 +116,4 @@ class ChatApp(App[None]):
 
 
 def _of(owner: type[Chat] | type[Turn] | type[ChatApp]) -> list[Binding]:
-    return [binding for binding in owner.BINDINGS if isinstance(binding, Binding)]
+    return [binding for binding in owner.BINDINGS if isinstance(binding, Binding) and binding.description]

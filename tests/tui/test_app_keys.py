@@ -220,3 +220,29 @@ def test_ctrl_q_leaves_and_a_reply_in_the_making_is_kept(tmp_path):
 
     play(tmp_path, leave)
     play(tmp_path, again)
+
+
+def test_new_and_keys_are_in_the_footer_of_80_columns_whatever_has_the_focus(tmp_path):
+    code = "```python\nprint(1)\n```"
+
+    async def scene(stage):
+        async def check(*keys):
+            await stage.press(*keys)
+            await stage.until(lambda: stage.text.splitlines()[-1].rstrip().endswith("^n New f1 Keys"))
+
+        await stage.ask(code)
+        stage.script.think("so", marks=(FORCED,))
+        await check()
+        await check("shift+tab")
+        await check("up")
+        await stage.reply(code)
+        await check("escape", "ctrl+r")
+        stage.script.think("so", marks=(FORCED,))
+        await stage.reply(code, "")
+        await check("shift+tab")
+        await check("up")
+        await check("e", "shift+tab")
+        await stage.press("f3")
+        assert stage.app.screen is not stage.chat
+
+    play(tmp_path, scene)

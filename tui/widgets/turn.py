@@ -25,7 +25,12 @@ class Turn(Vertical, can_focus=True):
         Binding("M", "do('mark(-1)')", "Mark before", show=False),
         Binding("pageup", "do('scroll(-1)')", "Scroll up", show=False),
         Binding("pagedown", "do('scroll(1)')", "Scroll down", show=False),
-        Binding("escape,i,enter", "do('write')", "Write", key_display="esc"),
+        Binding("escape", "do('write')", "Write", key_display="esc"),
+        Binding("i,enter", "do('write')", "Write", show=False),
+        # Bound once more so that the footer leaves them out here: 80 columns do not hold them all.
+        Binding("f2", "do('models')", show=False, priority=True),
+        Binding("f3", "do('presets')", show=False, priority=True),
+        Binding("f4", "do('conversations')", show=False, priority=True),
     ]
 
     def __init__(self, message: Message, version: tuple[int, int]) -> None:
