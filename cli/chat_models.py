@@ -80,6 +80,9 @@ class ChatBackend:
     def nodes(self) -> tuple[NodeState, ...]:
         return self._states.now() if self._states is not None else ()
 
+    def is_placing(self) -> bool:
+        return self._states is not None and self._states.is_placing
+
     def close(self) -> None:
         """Close the open model, if there is one, once its decode has ended."""
         self._states = None

@@ -25,6 +25,9 @@ class RingStates:
         self._lost: set[str] = set()
         self._back: set[str] = set()
         self._known: tuple[NodeState, ...] = ()
+        self._placement: Placement | None = None
+        self.is_placing = False
+        """Whether the layers were being placed anew at the latest look, or have been since the one before it."""
         self._busy: dict[str, float] = {}
         self._clock, self._at = clock, clock()
         self._loads: dict[str, float] = {}
@@ -32,9 +35,15 @@ class RingStates:
     def now(self) -> tuple[NodeState, ...]:
         """The machines in the order of their first windows, those that are lost at the end; as they were while the
         ring is formed anew."""
-        with contextlib.suppress(ClusterError):
-            self._weigh(self._engine.busy_seconds, self._clock())
-            self._known = self._read(self._engine.placement)
+        try:
+            placement = self._engine.placement
+        except ClusterError:
+            self.is_placing = True
+            return self._known
+        self.is_placing = self._placement not in (None, placement)
+        self._placement = placement
+        self._weigh(self._engine.busy_seconds, self._clock())
+        self._known = self._read(placement)
         return self._known
 
     def _weigh(self, busy: dict[str, float], now: float) -> None:

@@ -20,7 +20,7 @@ class Opened:
 
 
 class Backend(Protocol):
-    """Blocking calls, made from a thread that is not the screen's, but `nodes`, which is quick."""
+    """Blocking calls, made from a thread that is not the screen's, but `nodes` and `is_placing`, which are quick."""
 
     def suggestions(self) -> list[Suggestion]:
         """The models that are here or can be fetched, the best for this machine first."""
@@ -38,6 +38,10 @@ class Backend(Protocol):
 
     def nodes(self) -> tuple[NodeState, ...]:
         """The machines of the ring in the order of their layers; empty without a ring."""
+        ...
+
+    def is_placing(self) -> bool:
+        """Whether the layers were found to be placed anew by the latest `nodes`: no token comes until they are."""
         ...
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from .conversation import Message
 from .delta import Delta, Ended, Failed, Progress, SampleEnded, Started
 from .dialogue import Dialogue, Run
 from .messages import Streamed
+from .reply import Reply
 from .visible import visible
 from .widgets.composer import Composer
 from .widgets.instruments import Instruments
@@ -42,6 +43,8 @@ class ChatScreen(Screen[None]):
         self._turn: ReplyTurn | None = None
         """The turn of the running reply, while it is in sight."""
         self._n_entropies = 0
+        self._is_placing = False
+        """The ring is placed anew; no token came since."""
         self._due: Timer | None = None
         self._folded: tuple[str, ...] = ()
         """What was folded in the draft when it was last measured."""
@@ -159,7 +162,13 @@ class ChatScreen(Screen[None]):
             self.notify(warning, severity="warning", markup=False)
 
     def show_nodes(self) -> None:
-        self.query_one(NodeStrip).show(self.backend.nodes())
+        """The machines of the ring; where a reply waits for their layers to be placed anew, that is said until its next
+        token."""
+        nodes = self.backend.nodes()
+        if self.dialogue.run is not None and self.backend.is_placing():
+            self._is_placing = True
+            self._show_pace(self.dialogue.run.reply)
+        self.query_one(NodeStrip).show(nodes, self._is_placing)
 
     def save(self) -> None:
         """Store what is shown of the running reply, so that a crash loses nothing of it."""
@@ -200,6 +209,8 @@ class ChatScreen(Screen[None]):
         event, run = message.event, self.dialogue.run
         if run is None or event.reply is not run.reply:
             return
+        if isinstance(event, Ended | Failed | Delta):
+            self._is_placing = False
         if isinstance(event, Ended | Failed):
             await self._finish(event)
         elif isinstance(event, Started):
@@ -233,8 +244,7 @@ class ChatScreen(Screen[None]):
             return
         instruments = self.instruments
         was = instruments.state
-        instruments.show_state("thinking" if sample.phase == "think" else "answering")
-        instruments.show_speed(reply.tokens_per_second)
+        self._show_pace(reply)
         instruments.show_budget(sample.n_thinking, sample.n_budget)
         if reply.context is not None:
             instruments.show_context(reply.context.n_used, reply.context.n_limit)
@@ -245,6 +255,13 @@ class ChatScreen(Screen[None]):
             await self._turn.sync(sample)
         if instruments.state != was:
             self.refresh_bindings()
+
+    def _show_pace(self, reply: Reply) -> None:
+        """What goes on, and how fast."""
+        is_thinking = reply.best is not None and reply.best.phase == "think"
+        state = "placing" if self._is_placing else "thinking" if is_thinking else "answering"
+        self.instruments.show_state(state)
+        self.instruments.show_speed(0 if self._is_placing else reply.tokens_per_second)
 
     def _fill_lane(self, event: Delta) -> None:
         for race in self._races():

@@ -113,6 +113,7 @@ class Backend:
     def __init__(self, n_context: int = 4096) -> None:
         self.opened: list[str] = []
         self.machines: tuple[NodeState, ...] = ()
+        self.is_placed_anew = False
         self.streamer: Streamer | None = None
         self.n_context = n_context
 
@@ -134,6 +135,9 @@ class Backend:
 
     def nodes(self) -> tuple[NodeState, ...]:
         return self.machines
+
+    def is_placing(self) -> bool:
+        return self.is_placed_anew
 
     def close(self) -> None:
         pass

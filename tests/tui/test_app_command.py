@@ -10,6 +10,7 @@ from localreason.cli.chat_models import ChatBackend
 from localreason.cli.config import load
 from localreason.cli.main import main
 from localreason.cli.ring_states import RingStates
+from localreason.cluster.errors import ClusterError
 from localreason.cluster.formation import Assignment, Placement
 from localreason.runtime.errors import ModelNotFound
 from localreason.runtime.template import Message
@@ -67,9 +68,16 @@ class Ring:
     def __init__(self, *windows):
         self.place(*windows)
         self.busy_seconds = {}
+        self.failure = None
+
+    @property
+    def placement(self):
+        if self.failure is not None:
+            raise self.failure
+        return self._placement
 
     def place(self, *windows):
-        self.placement = Placement(tuple(Assignment(*window) for window in windows))
+        self._placement = Placement(tuple(Assignment(*window) for window in windows))
 
 
 def test_the_ring_tells_which_machines_are_there_lost_and_back():
@@ -85,6 +93,21 @@ def test_the_ring_tells_which_machines_are_there_lost_and_back():
     ring.place(("attic", 0, 9), ("", 9, 28))
     for _ in range(2):
         assert states.now()[0] == NodeState("attic", ((0, 9),), 0.001, None, "recovered")
+
+
+def test_the_ring_tells_when_its_layers_are_placed_anew():
+    ring = Ring(("attic", 0, 9), ("", 9, 28))
+    states = RingStates(ring, {})
+    seen = []
+    for change in (None, ClusterError("the ring is closed"), [("", 0, 28)], None):
+        if isinstance(change, ClusterError):
+            ring.failure = change
+        elif change:
+            ring.failure = None
+            ring.place(*change)
+        states.now()
+        seen.append(states.is_placing)
+    assert seen == [False, True, True, False]
 
 
 def test_the_load_of_a_node_is_its_share_of_the_time_since_the_last_look():

@@ -222,6 +222,30 @@ def test_the_strip_of_nodes_shows_layers_links_load_and_losses(tmp_path):
     play(tmp_path, scene)
 
 
+def test_the_loss_of_a_node_is_told_until_the_next_token(tmp_path):
+    async def scene(stage):
+        await stage.ask()
+        stage.script.think("so")
+        await stage.settle()
+        await stage.until(lambda: "thinking" in stage.text and "tok/s" in stage.text)
+        stage.backend.machines = (NodeState("head", ((0, 28),)), NodeState("attic", state="lost"))
+        stage.backend.is_placed_anew = True
+        stage.chat.show_nodes()
+        stage.backend.is_placed_anew = False
+        stage.chat.show_nodes()
+        await stage.chat.show_conversation()
+        await stage.until(lambda: "placing the layers anew" in stage.text)
+        assert stage.chat.instruments.state == "placing"
+        await stage.until(lambda: "tok/s" not in stage.text)
+        stage.script.think(" it goes on")
+        await stage.settle()
+        assert stage.chat.instruments.state == "thinking"
+        stage.chat.show_nodes()
+        await stage.until(lambda: "placing" not in stage.text and "tok/s" in stage.text)
+
+    play(tmp_path, scene)
+
+
 def test_a_failure_is_told_and_the_next_question_can_be_asked(tmp_path):
     async def scene(stage):
         await stage.ask()

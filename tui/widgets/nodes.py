@@ -30,12 +30,14 @@ class NodeStrip(Static):
     """Hidden while there is no ring."""
 
     nodes: tuple[NodeState, ...] = ()
+    is_placing = False
 
-    def show(self, nodes: tuple[NodeState, ...]) -> None:
-        """Show these machines, in the order of their windows."""
-        if nodes != self.nodes:
-            self.nodes = nodes
-            self.update(Content("   ").join(map(describe, nodes)))
+    def show(self, nodes: tuple[NodeState, ...], is_placing: bool = False) -> None:
+        """Show these machines, in the order of their windows, and whether their layers are placed anew."""
+        if (nodes, is_placing) != (self.nodes, self.is_placing):
+            self.nodes, self.is_placing = nodes, is_placing
+            news = [Content.styled("placing the layers anew", "$warning")] if is_placing else []
+            self.update(Content("   ").join([*news, *map(describe, nodes)]))
         self.display = bool(nodes)
 
     def on_mount(self) -> None:
