@@ -201,6 +201,23 @@ def test_racing_samples_stand_side_by_side_and_the_winner_is_marked(tmp_path):
     play(tmp_path, scene, size=(120, 40), recipe=PARALLEL, preset="parallel")
 
 
+def test_a_lane_shows_no_tags_of_thinking(tmp_path):
+    async def scene(stage):
+        await stage.ask()
+        stage.script.think("so", sample=1)
+        for text in ("It is 12.\n</thi", "nk>\nx < y\n</think>"):
+            stage.script.answer(text, sample=1)
+        await stage.settle()
+        await stage.until(lambda: "x < y" in stage.text)
+        assert "think>" not in stage.text
+        stage.script.end(winner=1)
+        await stage.settle()
+        await stage.until(lambda: "★ 2 won" in stage.text)
+        assert "think>" not in stage.text
+
+    play(tmp_path, scene, size=(120, 40), recipe=PARALLEL, preset="parallel")
+
+
 def test_the_strip_of_nodes_shows_layers_links_load_and_losses(tmp_path):
     async def scene(stage):
         strip = stage.chat.query_one("#nodes")

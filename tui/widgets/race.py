@@ -1,10 +1,16 @@
 """Samples of one question side by side: who thinks, who answers, who won."""
 
+import re
+
 from textual.app import ComposeResult
 from textual.containers import HorizontalScroll, Vertical
 from textual.widgets import Static
 
+from ...runtime.formats import FORMATS
+
 _N_TAIL = 600
+_TAGS = re.compile("|".join(re.escape(tag) for one in FORMATS.values() for tag in one.opens + one.closes))
+"""What begins or ends thinking. A model whose thinking was closed for it may write the end once more, in its answer."""
 _STATES = {"thinking": "…", "answering": "›", "done": "✓", "won": "★", "lost": "✗", "stopped": "■"}
 
 
@@ -47,7 +53,7 @@ class Lane(Vertical):
     def _last_lines(self) -> str:
         # A lane has few rows, and new text has to be in sight.
         width, height = max(8, self.content_size.width), max(1, self.content_size.height - 1)
-        flat = " ".join(self._tail.split())
+        flat = " ".join(_TAGS.sub(" ", self._tail).split())
         return flat[-(width * height * 9 // 10) :]
 
 
