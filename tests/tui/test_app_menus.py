@@ -57,6 +57,15 @@ def test_conversations_are_searched_opened_renamed_deleted(tmp_path):
     play(tmp_path, scene)
 
 
+def test_the_list_counts_messages(tmp_path):
+    async def scene(stage):
+        stage.history.add(stage.history.create("tiny"), None, "user", "alone")
+        await stage.press("f4")
+        await stage.until(lambda: "1 message · tiny" in stage.text)
+
+    play(tmp_path, scene)
+
+
 def test_conversations_are_exported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -80,12 +80,9 @@ class Conversations(Chooser):
 
 
 def _choices(summaries: list[Summary]) -> list[Choice]:
-    return [
-        Choice(
-            str(one.id),
-            one.title or "without a title",
-            one.excerpt,
-            f"{one.n_messages} messages · {one.model} · {datetime.fromtimestamp(one.updated):%Y-%m-%d %H:%M}",
-        )
-        for one in summaries
-    ]
+    return [Choice(str(one.id), one.title or "without a title", one.excerpt, _details(one)) for one in summaries]
+
+
+def _details(one: Summary) -> str:
+    messages = "1 message" if one.n_messages == 1 else f"{one.n_messages} messages"
+    return f"{messages} · {one.model} · {datetime.fromtimestamp(one.updated):%Y-%m-%d %H:%M}"
