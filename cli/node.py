@@ -85,7 +85,7 @@ async def _run(home: "Home", name: str, port: int, settings: config.Config, is_l
         print(f"listening on port {port}", flush=True)
         if home.is_plain:
             return
-        await pairing.start([host], port + 1)
+        await pairing.start([host] if is_loopback else ["0.0.0.0", "::"], port + 1)
         paired = ", ".join(peer.name for peer in home.peers.list()) or "nobody yet"
         _show(f"{name} ({home.identity.id}) is ready; paired with: {paired}")
         if not is_loopback:

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import hmac
 import json
+import socket
+from collections.abc import Sequence
 from typing import Any
 
 from spake2 import SPAKE2_A, SPAKE2_B, SPAKEError
@@ -16,6 +19,8 @@ from .identity import check_certificate, fingerprint
 VERSION = 1
 MOST_LINE_BYTES = 8192
 LINE_SECONDS = 10.0
+_NOT_HERE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+"""How a machine without IPv6, or without IPv4, refuses an address of it."""
 IDS = {"idA": b"localreason head", "idB": b"localreason node"}
 
 
@@ -52,6 +57,28 @@ class Line:
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(1):
                 await self._writer.wait_closed()
+
+
+def listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """Sockets at one port, 0 for any that is free, for those addresses that this machine can have: one for :: takes no
+    IPv4. Raises OSError, OverflowError where none can be had or the port is taken."""
+    missing: OSError | None = None
+    with contextlib.ExitStack() as stack:
+        found: list[socket.socket] = []
+        for host in hosts:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            try:
+                found.append(stack.enter_context(socket.create_server((host, port), family=family)))
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                missing = error
+                continue
+            port = port or found[0].getsockname()[1]
+        if not found and missing is not None:
+            raise missing
+        stack.pop_all()
+    return found
 
 
 def agree(side: SPAKE2_A | SPAKE2_B, message: bytes) -> bytes:

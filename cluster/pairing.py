@@ -30,6 +30,7 @@ from .handshake import (
     VERSION,
     Line,
     agree,
+    listen,
     prove,
     read_certificate,
     read_hex,
@@ -82,16 +83,18 @@ class PairingServer:
         self._next_code_at = float("-inf")
 
     async def start(self, hosts: list[str], port: int) -> int:
-        """Listen on all hosts at one port, 0 for any that is free; the port. Raises PairingFailed."""
+        """Listen on all hosts at one port, 0 for any that is free; the port. Addresses of a kind that this machine does
+        not have are passed over. Raises PairingFailed."""
         try:
-            for host in hosts:
-                server = await asyncio.start_server(self._accept, host, port, limit=MOST_LINE_BYTES)
-                self._servers.append(server)
-                port = port or server.sockets[0].getsockname()[1]
+            for listening in listen(hosts, port):
+                self._servers.append(await asyncio.start_server(self._accept, sock=listening, limit=MOST_LINE_BYTES))
         except (OSError, OverflowError) as error:
             await self.stop()
-            raise PairingFailed(f"pairing cannot listen at port {port}: {error}; give another port") from error
-        return port
+            reason = getattr(error, "strerror", None) or str(error)
+            raise PairingFailed(
+                f"pairing cannot listen at port {port}, one above the node's: {reason}; give the node another --port"
+            ) from error
+        return self._servers[0].sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
         """Hang up and listen no more; stopping twice does nothing."""

@@ -1,6 +1,8 @@
 """The cluster's commands as a user gives them, with real nodes on this machine."""
 
+import contextlib
 import json
+import socket
 import subprocess
 
 import pytest
@@ -62,6 +64,25 @@ def test_pair_list_solve_and_unpair(run, tmp_path):
         assert "bytes were freed" in run("cluster", "cache", "--clear")[0]
         run("cluster", "unpair", "attic")
         assert "is not paired" in run(*question, "--cluster", "--peer", here)[1]
+
+
+def test_a_node_of_the_home_is_paired_over_both_kinds_of_addresses(run, tmp_path):
+    with NodeProcess(tmp_path, "attic", is_loopback=False) as node:
+        for host in ["127.0.0.1", *["[::1]"] * has_ipv6()]:
+            here = f"{host}:{node.port}"
+            node.lines.clear()
+            pairing = subprocess.Popen([*RUN, "cluster", "pair", here], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            code = node.wait_for("the code is").split("the code is ")[1][:7]
+            said, _ = pairing.communicate(f"{code}\n".encode(), timeout=30)
+            assert pairing.returncode == 0
+            assert b"paired with attic" in said
+            assert "ready" in run("cluster", "list", "--peer", here)[0]
+
+
+def has_ipv6():
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
 
 
 def test_a_wrong_code_pairs_nobody(run, tmp_path):

@@ -30,8 +30,9 @@ def _free_port():
 class NodeProcess:
     """`localreason node` on a free port of this machine; a context manager."""
 
-    def __init__(self, folder, name, head=None, *flags):
+    def __init__(self, folder, name, head=None, *flags, is_loopback=True):
         self.name = name
+        self._place = ["--loopback"] if is_loopback else []
         self.folder = folder / name
         self.cache = folder / f"{name}-cache"
         self.identity = Identity.load(self.folder, name)
@@ -44,7 +45,7 @@ class NodeProcess:
 
     def start(self, port=None):
         port = port or _free_port()
-        command = [*RUN, "node", "--loopback", "--port", str(port), "--threads", "1", "--name", self.name]
+        command = [*RUN, "node", *self._place, "--port", str(port), "--threads", "1", "--name", self.name]
         command += ["--folder", str(self.folder), "--cache", str(self.cache), *self._flags]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(

@@ -436,11 +436,25 @@ def test_an_old_head_is_told_the_version(node):
     asyncio.run(run())
 
 
+def test_addresses_of_a_kind_that_is_not_here_are_passed_over(head):
+    async def run():
+        server = PairingServer(head.identity, head.peers, print)
+        port = await server.start(["2001:db8::1", "127.0.0.1", "192.0.2.1"], 0)  # of documents, on no machine
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+        await writer.wait_closed()
+        await server.stop()
+        with pytest.raises(PairingFailed, match="cannot listen at port 0"):
+            await server.start(["2001:db8::1", "192.0.2.1"], 0)
+
+    asyncio.run(run())
+
+
 def test_an_unreachable_node(head):
     async def run():
         server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(PairingFailed, match=f"pairing cannot listen at port {port}"):
+        with pytest.raises(PairingFailed, match=f"cannot listen at port {port}, one above .* another --port"):
             await PairingServer(head.identity, head.peers, print).start(["127.0.0.1"], port)
         server.close()
         await server.wait_closed()
