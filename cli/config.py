@@ -60,6 +60,7 @@ class Settings:
     plaintext: bool = _setting(False, "speak without encryption to nodes on this machine, for tests")
 
 
+_OF_RINGS = ("peers", "windows", "rounds", "row_type", "disk")
 FIELDS = {item.name: item for item in fields(Settings)}
 
 
@@ -122,8 +123,7 @@ def load(flags: Mapping[str, Any]) -> Config:
             values[name], origins[name] = tuple(value) if isinstance(value, list) else value, "flag"
             problem = _problem(name, values[name])
             if problem:
-                option = "--control" if name == "controls" else f"--{name.replace('_', '-')}"
-                raise typer.BadParameter(problem, param_hint=option)
+                raise typer.BadParameter(problem, param_hint=_option(name))
         elif text:
             origins[name] = f"environment LOCALREASON_{name.upper()}"
             values[name] = _parse(name, text, origins[name])
@@ -132,7 +132,17 @@ def load(flags: Mapping[str, Any]) -> Config:
             values[name] = _convert(name, written[name], origins[name])
         else:
             values[name], origins[name] = item.default, "default"
+    # Commands that know no --cluster, such as `cluster list`, always mean the home's machines.
+    idle = [name for name in _OF_RINGS if origins[name] == "flag"]
+    if "cluster" in flags and not values["cluster"] and idle:
+        raise typer.BadParameter(
+            "is only for sharing the model with other machines; give --cluster too", param_hint=_option(idle[0])
+        )
     return Config(Settings(**values), origins)
+
+
+def _option(name: str) -> str:
+    return {"controls": "--control", "peers": "--peer"}.get(name, f"--{name.replace('_', '-')}")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -167,6 +167,13 @@ def _head(tmp_path):
     return Head(tmp_path)
 
 
+@pytest.mark.parametrize("flag", [["--peer", "x"], ["--windows", "a=1,head=1"], ["--rounds", "2"], ["--disk"]])
+def test_what_is_for_a_ring_only_is_refused_without_one(run, flag):
+    _, said = run("solve", "x", *flag, code=2)
+    assert f"{flag[0]}: is only for sharing the model with other machines; give --cluster too" in said
+    run("cluster", "list", "--peer", "127.0.0.1:1")
+
+
 def test_a_model_that_cannot_be_cut_is_refused(run, tmp_path):
     model = write_model(tmp_path / "m.gguf", "mamba")
     _, said = run("solve", "x", "--model", model, "--cluster", code=3)
