@@ -31,11 +31,15 @@ def make_home(config: Config) -> Home:
 
 
 def find_nodes(home: Home, config: Config, types: list[str]) -> list[Seen]:
-    """Usable nodes; of the others is told why they are not used."""
+    """The nodes that are there; of those that cannot be used is told why."""
     seen = asyncio.run(home.survey(LOOK_SECONDS, config.settings.peers, types))
     for one in seen:
         if one.problem:
             tell(f"{one.name} {one.problem}")
+    return seen
+
+
+def _usable(seen: list[Seen]) -> list[Seen]:
     return [one for one in seen if not one.problem]
 
 
@@ -48,14 +52,16 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     file = ModelFile(path)
     file.check_cut()
     home = make_home(config)
-    is_planned = config.settings.windows is None
-    nodes = find_nodes(home, config, types_of(file) if is_planned else [])
+    wanted = config.settings.windows
+    seen = find_nodes(home, config, types_of(file) if wanted is None else [])
+    nodes = _usable(seen)
+    named = None if wanted is None else named_windows(wanted, file, [one.name for one in seen])
     if not nodes:
         tell("no node can be used; this machine works alone")
         return Model.open(path, options)
     n_context = options.n_context or min(options.n_needed or _N_CONTEXT, file.n_context_train * options.n_sequences)
     n_threads = options.n_threads or physical_cores()
-    if is_planned:
+    if named is None:
         devices, links = measure_machines(file, home, nodes, config)
         costs = model_costs(file, n_context, options.cache_type or "f16", config.settings.row_type)
         wish = Wish.of(options.n_busy, config.settings.disk, config.settings.rounds)
@@ -64,7 +70,7 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
             tell("this machine alone is expected to be the fastest; --windows shares the layers all the same")
             return Model.open(path, options)
     else:
-        place = named_windows(config.settings.windows or "", file)
+        place = named
     ring = RingEngine(
         file,
         [replace(node.address, name=node.name) for node in nodes if node.address is not None],
@@ -103,7 +109,7 @@ def measure_machines(file: ModelFile, home: Home, nodes: list[Seen], config: Con
 def measure_home(file: ModelFile, config: Config) -> tuple[list[Device], Links]:
     """All machines that can be used now."""
     home = make_home(config)
-    return measure_machines(file, home, find_nodes(home, config, types_of(file)), config)
+    return measure_machines(file, home, _usable(find_nodes(home, config, types_of(file))), config)
 
 
 async def measure_links(home: Home, nodes: list[Seen]) -> Links:
@@ -124,9 +130,9 @@ async def measure_links(home: Home, nodes: list[Seen]) -> Links:
     return Links(pairs | {pair: link for pair, link in home.links().read().items() if found.keys() >= set(pair)})
 
 
-def named_windows(text: str, file: ModelFile) -> Placer:
-    """Windows as a person wrote them, `attic=10,head=6,attic=8,head=4`. A lost node's layers go to the one that
-    follows it in the ring. Raises PlanImpossible."""
+def named_windows(text: str, file: ModelFile, known: list[str]) -> Placer:
+    """Windows as a person wrote them, `attic=10,head=6,attic=8,head=4`, on nodes of `known` names. The layers of one
+    that is lost or cannot be used go to the one that follows it in the ring. Raises PlanImpossible."""
     wanted: list[tuple[str, int]] = []
     for part in text.split(","):
         name, _, number = part.rpartition("=")
@@ -138,6 +144,13 @@ def named_windows(text: str, file: ModelFile) -> Placer:
         raise PlanImpossible(
             f"the windows {text!r} have {total} layers and end with {wanted[-1][0] or 'head'}; the model has "
             f"{file.n_layers} and the last window is the head's"
+        )
+
+    unknown = sorted({name for name, _ in wanted} - {HEAD, *known})
+    if unknown:
+        raise PlanImpossible(
+            f"no node is named {', '.join(unknown)}, which the windows {text!r} name; there are "
+            f"{', '.join([*known, 'head'])}, the last being this machine"
         )
 
     def place(names: list[str]) -> Placement:

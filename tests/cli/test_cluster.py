@@ -151,6 +151,7 @@ def test_a_model_that_fits_nowhere_says_what_is_missing(run, tmp_path):
         ("attic", "is not NAME=LAYERS"),
         ("attic=1,head=1", "have 2 layers"),
         ("head=2,attic=2", "ends with attic|end with"),
+        ("cellar=3,head=1", "no node is named cellar, which the windows 'cellar=3,head=1' name; there are attic, head"),
     ],
 )
 def test_windows_that_do_not_add_up_are_refused(run, tmp_path, windows, match):
