@@ -19,6 +19,8 @@ from ..runtime.model import Model
 from .config import Config
 
 LOOK_SECONDS = 2.0
+_FREE_SECONDS = 12.0
+"""More than a node takes to notice that the machine it works for is gone."""
 _N_CONTEXT = 4096
 
 
@@ -30,12 +32,16 @@ def make_home(config: Config) -> Home:
     return Home(folder, cache, chosen.plaintext)
 
 
-def find_nodes(home: Home, config: Config, types: list[str]) -> list[Seen]:
-    """The nodes that are there; of those that cannot be used is told why."""
+def find_nodes(home: Home, config: Config, types: list[str], free_seconds: float = _FREE_SECONDS) -> list[Seen]:
+    """The nodes that are there; told is why some cannot be used, after busy ones had some seconds to become free."""
     seen = asyncio.run(home.survey(LOOK_SECONDS, config.settings.peers, types))
+    busy = [f"{one.name} {one.problem}" for one in seen if one.is_busy]
+    if busy:
+        tell(f"{', '.join(busy)}; asking again for {free_seconds:.0f} s")
+        seen = asyncio.run(home.await_free(seen, free_seconds, types))
     for one in seen:
         if one.problem:
-            tell(f"{one.name} {one.problem}")
+            tell(f"{one.name} {one.problem}{'; going on without it' if one.is_busy else ''}")
     return seen
 
 

@@ -23,6 +23,8 @@ DEFAULT_PORT = 7411
 _MOST_CLOCK_SECONDS = 86_400
 """Certificates are valid from a day before they were made."""
 _LIMIT_SHARE = 0.5
+_BUSY = "is busy with"
+_AGAIN_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,11 @@ class Seen:
     address: Address | None
     problem: str = ""
     reply: wire.DescribeReply | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """True for a node that another head has now and that could be used otherwise."""
+        return self.problem.startswith(_BUSY)
 
 
 @dataclass(slots=True)
@@ -95,6 +102,17 @@ class Home:
             key=lambda one: one.name,
         )
 
+    async def await_free(self, seen: Sequence[Seen], seconds: float, types: Sequence[str] = ()) -> list[Seen]:
+        """The nodes of a survey, those that are busy asked again until they are free, for `seconds` at most."""
+        return list(await asyncio.gather(*(self._await_free(one, seconds, list(types)) for one in seen)))
+
+    async def _await_free(self, one: Seen, seconds: float, types: list[str]) -> Seen:
+        end = time.monotonic() + seconds
+        while one.is_busy and one.address is not None and time.monotonic() < end:
+            await asyncio.sleep(_AGAIN_SECONDS)
+            one = replace(await self._ask(one.address, one.id, types), name=one.name)
+        return one
+
     async def _ask_found(self, found: Found, types: list[str]) -> Seen:
         problem = usability(found, PROTOCOL, self.peers.list(), self.identity.id)
         if problem is not None:
@@ -138,5 +156,5 @@ class Home:
         if abs(off) > _MOST_CLOCK_SECONDS:
             problem = f"has a clock that is off by {off / 3600:.0f} hours; set it"
         elif reply.held_by:
-            problem = f"is busy with {reply.held_by}"
+            problem = f"{_BUSY} {reply.held_by}"
         return Seen(address.name, id, address, problem, reply)

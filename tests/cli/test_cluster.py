@@ -4,12 +4,20 @@ import contextlib
 import json
 import socket
 import subprocess
+from subprocess import PIPE
 
 import pytest
 
+from localreason.cli.config import load
+from localreason.cli.ring import find_nodes
 from localreason.cluster.device import Device
-from localreason.cluster.identity import Identity
-from tests.cluster.processes import RUN, NodeProcess
+from localreason.cluster.formation import HEAD, Assignment, Placement
+from localreason.cluster.home import Home
+from localreason.cluster.identity import Identity, Peers
+from localreason.cluster.ring import RingEngine, RingOptions
+from localreason.cluster.store import Store
+from localreason.quant.gguf import ModelFile
+from tests.cluster.processes import RUN, Head, NodeProcess
 from tests.gguf_models import write_model
 
 GIB = 1 << 30
@@ -156,16 +164,55 @@ def test_a_model_that_fits_nowhere_says_what_is_missing(run, tmp_path):
 )
 def test_windows_that_do_not_add_up_are_refused(run, tmp_path, windows, match):
     model = write_model(tmp_path / "tiny.gguf", n_layers=4)
-    with NodeProcess(tmp_path, "attic", _head(tmp_path)) as node:
+    with NodeProcess(tmp_path, "attic", Head(tmp_path)) as node:
         here = f"127.0.0.1:{node.port}"
         _, said = run("solve", "x", "--model", model, "--cluster", "--peer", here, "--windows", windows, code=1)
     assert any(part in said for part in match.split("|"))
 
 
-def _head(tmp_path):
-    from tests.cluster.processes import Head
+@contextlib.contextmanager
+def held(tmp_path, node, model):
+    """The node in a ring of another head; what it is that ends the ring."""
+    ring = RingEngine(
+        ModelFile(model),
+        [node.address],
+        Head(tmp_path, "desk").gate,
+        Store(tmp_path / "desk-cache", GIB, [model]),
+        lambda names: Placement((Assignment("attic", 0, 3), Assignment(HEAD, 3, 4))),
+        RingOptions(512, name="desk"),
+    )
+    with ring:
+        yield ring.close
 
-    return Head(tmp_path)
+
+def test_a_node_that_another_head_has_is_asked_again_until_it_is_free(tmp_path, run):
+    model = write_model(tmp_path / "tiny.gguf", n_layers=4, values={"llama.context_length": 4096})
+    desk, laptop = Head(tmp_path, "desk"), Head(tmp_path)
+    with NodeProcess(tmp_path, "attic", desk) as node:
+        Peers(node.folder).add(laptop.certificate)
+        Peers(laptop.folder).add(node.identity.certificate)
+        here = f"127.0.0.1:{node.port}"
+        question = ["solve", "x", "--model", model, "--max-tokens", "2", "--cluster", "--peer", here]
+        with held(tmp_path, node, model) as end:
+            assert "is busy with desk" in run("cluster", "list", "--peer", here)[0]
+            asking = subprocess.Popen(
+                [*RUN, *map(str, question), "--windows", "attic=3,head=1"], stderr=PIPE, text=True
+            )
+            assert asking.stderr is not None
+            said = next(line for line in asking.stderr if "attic" in line)
+            assert "attic is busy with desk; asking again for 12 s" in said
+            end()
+            assert "layers: attic 0-2" in asking.communicate(timeout=30)[1]
+            assert asking.returncode == 0
+
+
+def test_a_node_that_stays_busy_is_told_and_left_out(tmp_path, capsys):
+    model = write_model(tmp_path / "tiny.gguf", n_layers=4)
+    with NodeProcess(tmp_path, "attic", Head(tmp_path, "desk")) as node, held(tmp_path, node, model):
+        config = load({"peers": [f"127.0.0.1:{node.port}"]})
+        seen = find_nodes(Home(tmp_path / "desk"), config, [], free_seconds=0.1)
+    assert [one.is_busy for one in seen] == [True]
+    assert "attic is busy with desk; going on without it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", [["--peer", "x"], ["--windows", "a=1,head=1"], ["--rounds", "2"], ["--disk"]])
