@@ -15,7 +15,7 @@ from .errors import ClusterError
 from .gate import PlainGate, TlsGate
 from .identity import Identity, Peers
 from .link import LinkBook
-from .member import Address, Member
+from .member import STRANGER, UNTRUSTED, Address, Member
 from .store import Store
 from .wire import ring_pb2 as wire
 
@@ -137,9 +137,9 @@ class Home:
         problem = f"is not paired: run `localreason cluster pair {label}`"
         for peer in sorted(self.peers.list(), key=lambda peer: peer.address.rpartition(":")[0] != host):
             seen = await self._ask(Address(peer.name, host, port, peer.certificate.decode()), peer.id, types)
-            if seen.reply is not None:
+            if seen.reply is not None or UNTRUSTED in seen.problem:
                 return seen
-            if "trust" not in seen.problem:
+            if STRANGER not in seen.problem:
                 problem = seen.problem
         return Seen(label, label, None, problem)
 

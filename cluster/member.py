@@ -25,6 +25,11 @@ _CONNECT_SECONDS = 15.0
 _PROFILE_SECONDS = 60.0
 _LOAD_SECONDS = 600.0
 _CHUNK = 1 << 20
+_OPEN_SECONDS = 2.0
+UNTRUSTED = "does not trust this machine any more; pair again with `localreason cluster pair`"
+STRANGER = "is another machine than the one that was paired; pair again with `localreason cluster pair`"
+_NO_TLS = "answers without encryption: it runs with --plaintext, or is no node"
+_UNREACHABLE = "cannot be reached or ended the connection; see whether `localreason node` runs there"
 
 
 class Dialer(Protocol):
@@ -85,12 +90,25 @@ class Member:
         try:
             reply = await self._stub().Describe(request, timeout=_PROFILE_SECONDS if types else _CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
-            raise NodeLost(f"{self.name} at {self.address.host}:{self.address.port} {reason(error)}") from error
+            why = reason(error)
+            # TLS 1.3 refuses a client after its handshake, which looks like an end of the connection.
+            if why == _UNREACHABLE and self.address.certificate and await self._is_listening():
+                why = UNTRUSTED
+            raise NodeLost(f"{self.name} at {self.address.host}:{self.address.port} {why}") from error
         if reply.protocol != PROTOCOL:
             raise ProtocolError(
                 f"{self.name} speaks protocol {reply.protocol} and this machine {PROTOCOL}; update the older one"
             )
         return reply
+
+    async def _is_listening(self) -> bool:
+        try:
+            async with asyncio.timeout(_OPEN_SECONDS):
+                _, writer = await asyncio.open_connection(self.address.host, self.address.port)
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
 
     async def measure_link(self) -> Link:
         """Seconds of a short message one way, bytes per second. Raises NodeLost."""
@@ -241,8 +259,12 @@ def reason(error: grpc.aio.AioRpcError) -> str:
     code, details = error.code(), (error.details() or "").lower()
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "did not answer in time; see whether it is awake"
+    if "certificate_verify_failed" in details:
+        return STRANGER
+    if "wrong_version_number" in details:
+        return _NO_TLS
     if code is grpc.StatusCode.UNAUTHENTICATED or "handshake" in details or "certificate" in details:
-        return "does not trust this machine; pair again with `localreason cluster pair`"
+        return UNTRUSTED
     if code is grpc.StatusCode.UNAVAILABLE:
-        return "cannot be reached or ended the connection; see whether `localreason node` runs there"
+        return _UNREACHABLE
     return f"failed: {error.details()}"

@@ -170,6 +170,18 @@ def test_windows_that_do_not_add_up_are_refused(run, tmp_path, windows, match):
     assert any(part in said for part in match.split("|"))
 
 
+def test_a_node_that_trusts_this_machine_no_more_says_so(run, tmp_path):
+    laptop = Head(tmp_path)
+    with NodeProcess(tmp_path, "attic", laptop) as node, NodeProcess(tmp_path, "cellar", laptop) as other:
+        here, there = f"127.0.0.1:{node.port}", f"127.0.0.1:{other.port}"
+        assert "ready" in run("cluster", "list", "--peer", here)[0]
+        Peers(node.folder).remove(laptop.identity.id)
+        said = run("cluster", "list", "--peer", here, "--peer", there)[0].splitlines()
+        assert "does not trust this machine any more; pair again" in next(line for line in said if "attic" in line)
+        assert "ready" in next(line for line in said if "cellar" in line)
+    assert "cannot be reached" in run("cluster", "list", "--peer", here)[0]
+
+
 @contextlib.contextmanager
 def held(tmp_path, node, model):
     """The node in a ring of another head; what it is that ends the ring."""
