@@ -9,13 +9,11 @@ from typing import Any
 from ..cluster.costs import Links, ModelCosts
 from ..cluster.device import Device
 from ..cluster.errors import ProtocolError
-from ..cluster.placing import HEAD_NAME, Wish, model_costs
-from ..cluster.plan import ROUNDS, Plan
+from ..cluster.placing import HEAD_NAME, N_PROMPT, N_READ, Wish, model_costs
+from ..cluster.plan import Plan
 from ..cluster.variation import Replicas, replicate, variations
 from ..quant.gguf import ModelFile
 from ..runtime.errors import InputError
-
-_N_PROMPT = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +35,19 @@ class Question:
         """Raises PlanImpossible."""
         return self.wish.plan(self.costs(), self.devices, self.links)
 
-    def variations(self, others: Sequence[Path]) -> list[tuple[str, float | None]]:
-        """What would be otherwise, and seconds of a token then, None where it does not fit."""
-        files = {f"with {path.name}": replace(self, file=ModelFile(path)).costs() for path in others}
-        wish = self.wish
-        return variations(
-            self.costs(),
-            self.devices,
-            self.links,
-            wish.objective,
-            wish.n_in_flight,
-            wish.is_disk_allowed,
-            wish.rounds or ROUNDS,
-            files,
-        )
+    def variations(self, others: Sequence[Path]) -> list[tuple[str, Plan | None]]:
+        """What would be otherwise, and the plan then, None where nothing fits."""
+        changed = {
+            "half the context": replace(self, n_context=self.n_context // 2),
+            "double the context": replace(self, n_context=2 * self.n_context),
+            **{f"with {path.name}": replace(self, file=ModelFile(path)) for path in others},
+        }
+
+        def find(costs: ModelCosts, devices: Sequence[Device], is_disk_allowed: bool) -> Plan:
+            return replace(self.wish, is_disk_allowed=is_disk_allowed).plan(costs, devices, self.links)
+
+        alternatives = {text: question.costs() for text, question in changed.items()}
+        return variations(self.costs(), self.devices, find, self.wish.is_disk_allowed, alternatives)
 
     def replicas(self) -> Replicas | None:
         """Copies of the whole model in place of a ring, where several samples are wanted and they fit."""
@@ -106,33 +103,50 @@ def table(found: Plan, replicas: Replicas | None) -> list[str]:
     if replicas is not None:
         names = ", ".join(replicas.devices)
         lines.append(f"whole copies on {names} instead: {1 / replicas.throughput_seconds:.1f} tokens a second together")
-    lines.append(f"a prompt of {_N_PROMPT} tokens: {found.prefill_seconds(_N_PROMPT):.1f} s")
+    lines.append(f"a prompt of {N_PROMPT} tokens: {found.prefill_seconds(N_PROMPT):.1f} s")
     if found.is_disk_used:
         lines.append("weights are read from disk again for each token")
     return lines
 
 
 def explain(question: Question, found: Plan, others: Sequence[Path]) -> list[str]:
-    """The variations for a person."""
-    lines = ["", "what would change:"]
-    for text, seconds in question.variations(others):
-        if seconds is None:
+    """The variations for a person, compared by what the plan is to be good at."""
+    wish = question.wish
+    what = {"latency": "a token", "throughput": "a token of all samples", "prefill": f"a prompt of {N_PROMPT} tokens"}
+    lines = ["", f"what would change, in ms {what[wish.objective]}, and in weights and cache of all machines:"]
+    rows = [("as planned", found), *question.variations(others)]
+    for text, other in rows:
+        if other is None:
             lines.append(f"  {text:<32} does not fit")
         else:
-            lines.append(
-                f"  {text:<32} {seconds * 1000:8.1f} ms a token, {seconds / found.token_seconds:.2f} times this"
-            )
-    return lines
+            seconds = wish.seconds(other)
+            ratio = seconds / wish.seconds(found)
+            lines.append(f"  {text:<32} {seconds * 1000:8.1f} ms, {ratio:.2f} times this {_mib(_n_bytes(other)):>12}")
+    return [*lines, f"  (a token is taken to read {N_READ} tokens of context at most: more costs memory, not time)"]
 
 
 def as_json(question: Question, found: Plan, is_explained: bool, others: Sequence[Path]) -> dict[str, Any]:
-    """The plan for a program."""
-    replicas = question.replicas()
+    """The plan for a program; `seconds` are of what the plan is to be good at."""
+    wish, replicas = question.wish, question.replicas()
     answer = asdict(found) | {"replicas": asdict(replicas) if replicas else None}
-    answer |= {"prefill_seconds": found.prefill_seconds(_N_PROMPT), "is_disk_used": found.is_disk_used}
+    answer |= {"objective": wish.objective, "seconds": wish.seconds(found)}
+    answer |= {"prefill_seconds": found.prefill_seconds(N_PROMPT), "is_disk_used": found.is_disk_used}
     if is_explained:
-        answer["variations"] = [{"change": text, "token_seconds": s} for text, s in question.variations(others)]
+        answer["variations"] = [
+            {
+                "change": text,
+                "seconds": wish.seconds(other) if other else None,
+                "token_seconds": other.token_seconds if other else None,
+                "memory_bytes": _n_bytes(other) if other else None,
+            }
+            for text, other in question.variations(others)
+        ]
     return answer
+
+
+def _n_bytes(found: Plan) -> int:
+    """Weights and cache of all machines."""
+    return sum(share.weight_bytes + share.cache_bytes for share in found.per_device)
 
 
 def _mib(n_bytes: int) -> str:

@@ -14,7 +14,9 @@ from .plan import ROUNDS, Objective, Plan, plan
 HEAD_NAME = "head"
 """The head's name among devices."""
 _VALUE_BYTES = {"f32": 4, "f16": 2, "i8": 1}
-_N_READ = 1024
+N_PROMPT = 512
+"""Tokens of a prompt by which plans for prompts are compared."""
+N_READ = 1024
 """Tokens of context that a typical step reads."""
 
 
@@ -49,6 +51,14 @@ class Wish:
             self.n_batch,
         )
 
+    def seconds(self, found: Plan) -> float:
+        """Of what is wished for: a token, a token of all samples together, or a prompt of `N_PROMPT` tokens."""
+        if self.objective == "prefill":
+            return found.prefill_seconds(N_PROMPT)
+        if self.objective == "throughput":
+            return max(found.throughput_seconds, found.token_seconds / self.n_in_flight if self.n_in_flight else 0.0)
+        return found.token_seconds
+
 
 def model_costs(
     file: ModelFile, n_context: int, cache_type: str, row_type: str = "f32", n_batch: int = 64
@@ -78,7 +88,7 @@ def model_costs(
         embedding_bytes=file.embedding.n_bytes,
         n_embd=file.n_embd,
         scratch_bytes=4 * n_batch * (8 * file.n_embd + 3 * n_ff + file.n_vocab) + (32 << 20),
-        n_read=min(n_context, _N_READ),
+        n_read=min(n_context, N_READ),
         value_bytes=_VALUE_BYTES[row_type],
         barred=barred,
     )

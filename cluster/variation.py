@@ -1,13 +1,15 @@
-"""What would be otherwise: other machines, contexts and quantisations, and whole copies of the model in place of a
-ring. Pure."""
+"""What would be otherwise: other machines and other files, and whole copies of the model in place of a ring. Pure."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .costs import Links, ModelCosts
+from .costs import ModelCosts
 from .device import Device
 from .errors import PlanImpossible
-from .plan import ROUNDS, Objective, Plan, plan
+from .plan import Plan, plan
+
+Finder = Callable[[ModelCosts, Sequence[Device], bool], Plan]
+"""From a model, devices and whether the disk may be used to a plan. Raises PlanImpossible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,41 +46,33 @@ def replicate(
 def variations(
     costs: ModelCosts,
     devices: Sequence[Device],
-    links: Links | None = None,
-    objective: Objective = "latency",
-    n_in_flight: int | None = None,
+    find: Finder,
     is_disk_allowed: bool = False,
-    rounds: int | Sequence[int] = ROUNDS,
     alternatives: Mapping[str, ModelCosts] | None = None,
-) -> list[tuple[str, float | None]]:
-    """Sentences' subjects and the seconds of a token that they would bring, None where nothing fits.
+) -> list[tuple[str, Plan | None]]:
+    """Sentences' subjects and the plans that they would bring, None where nothing fits.
 
-    One device less or one more, the disk the other way, half and double the context, and `alternatives` by name, such
-    as other quantisations.
+    One device less or one more, the disk the other way, and `alternatives` by name, such as other contexts and
+    quantisations. `find` plans for what is wanted, and may use the disk where it is told so.
     """
 
-    def seconds(costs: ModelCosts, devices: Sequence[Device], is_disk_allowed: bool) -> float | None:
+    def found(costs: ModelCosts, devices: Sequence[Device], is_disk_allowed: bool) -> Plan | None:
         try:
-            found: Plan = plan(costs, devices, links, objective, n_in_flight, is_disk_allowed, rounds)
+            return find(costs, devices, is_disk_allowed)
         except PlanImpossible:
             return None
-        return found.token_seconds
 
-    def cases() -> Iterator[tuple[str, float | None]]:
+    def cases() -> Iterator[tuple[str, Plan | None]]:
         for i, device in enumerate(devices):
             if i:
-                yield f"without {device.name}", seconds(costs, [*devices[:i], *devices[i + 1 :]], is_disk_allowed)
+                yield f"without {device.name}", found(costs, [*devices[:i], *devices[i + 1 :]], is_disk_allowed)
         if len(devices) > 1:
             strongest = max(devices[1:], key=lambda device: device.memory_bandwidth)
             more = [*devices, replace(strongest, name=f"{strongest.name} again")]
-            yield f"one more like {strongest.name}", seconds(costs, more, is_disk_allowed)
+            yield f"one more like {strongest.name}", found(costs, more, is_disk_allowed)
         text = "without the disk" if is_disk_allowed else "with the disk"
-        yield text, seconds(costs, devices, not is_disk_allowed)
-        for text, n_context in (("half", costs.n_context // 2), ("double", costs.n_context * 2)):
-            n_read = None if costs.n_read is None else min(costs.n_read, n_context)
-            changed = replace(costs, n_context=n_context, n_read=n_read)
-            yield f"{text} the context", seconds(changed, devices, is_disk_allowed)
+        yield text, found(costs, devices, not is_disk_allowed)
         for name, other in (alternatives or {}).items():
-            yield name, seconds(other, devices, is_disk_allowed)
+            yield name, found(other, devices, is_disk_allowed)
 
     return list(cases())

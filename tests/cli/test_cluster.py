@@ -100,14 +100,14 @@ def test_a_wrong_code_pairs_nobody(run, tmp_path):
         assert "not paired" in run("cluster", "list", "--peer", f"127.0.0.1:{node.port}")[0]
 
 
-def described(tmp_path, *gibibytes):
+def described(tmp_path, *gibibytes, speed=10e9):
     devices = [
         json.loads(
             Device(
                 name=f"machine{i}",
                 memory_bytes=int(size * GIB),
-                weight_speeds={"F32": 10e9},
-                prefill_speeds={"F32": 400e9},
+                weight_speeds={"F32": speed},
+                prefill_speeds={"F32": 40 * speed},
                 memory_bandwidth=20e9,
             ).to_json()
         )
@@ -128,6 +128,28 @@ def test_a_plan_for_described_machines(run, tmp_path):
     found = json.loads(run("cluster", "plan", model, "--devices", home, "--json", "--explain")[0])
     assert [window["end"] for window in found["windows"]][-1] == 6
     assert found["token_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ([], "in ms a token,"),
+        (["--in-flight", "4"], "in ms a token of all samples,"),
+        (["--objective", "prefill"], "in ms a prompt of 512 tokens,"),
+    ],
+)
+def test_what_would_change_is_told_of_what_was_asked_for(run, tmp_path, flags, what):
+    model = write_model(tmp_path / "tiny.gguf", n_layers=6)
+    command = ["cluster", "plan", model, "--devices", described(tmp_path, 8, 8, speed=1e6), "--explain", *flags]
+    assert what in run(*command)[0]
+    found = json.loads(run(*command, "--json")[0])
+    changes = {row["change"]: row for row in found["variations"]}
+    alone = changes["without machine1"]
+    # Two machines alike with a quick link: one answer gains nothing by the second, samples and prompts do.
+    assert (alone["seconds"] > 1.3 * found["seconds"]) == bool(flags)
+    assert alone["token_seconds"] <= found["token_seconds"] * 1.01
+    halved, doubled = changes["half the context"], changes["double the context"]
+    assert halved["memory_bytes"] < doubled["memory_bytes"]
 
 
 @pytest.mark.parametrize(

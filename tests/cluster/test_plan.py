@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from localreason.cluster.costs import Links
 from localreason.cluster.errors import PlanImpossible
 from localreason.cluster.forecast import forecast
+from localreason.cluster.placing import Wish
 from localreason.cluster.plan import plan
 from localreason.cluster.variation import replicate, variations
 from tests.cluster.plans import best, costs, device, everything, random_case, worked_example
@@ -234,8 +235,26 @@ def test_replicas_add_their_speeds():
 
 def test_variations_tell_what_each_change_would_bring():
     devices = [device(memory=40), device("other", memory=40)]
-    found = dict(variations(costs(), devices, alternatives={"as Q2_K": costs((5,) * 4)}))
+
+    def find(costs, devices, is_disk_allowed):
+        return plan(costs, devices, is_disk_allowed=is_disk_allowed)
+
+    found = dict(variations(costs(), devices, find, alternatives={"as Q2_K": costs((5,) * 4)}))
     assert found["without other"] is None
     assert found["with the disk"] is not None
-    assert found["half the context"] < found["double the context"]
-    assert found["as Q2_K"] < plan(costs(), devices).token_seconds
+    assert len(found["one more like other"].per_device) <= 3
+    assert found["as Q2_K"].token_seconds < plan(costs(), devices).token_seconds
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [
+        (Wish.of(1), lambda found: found.token_seconds),
+        (Wish.of(2), lambda found: max(found.throughput_seconds, found.token_seconds / 2)),
+        (Wish("prefill"), lambda found: found.prefill_seconds(512)),
+    ],
+)
+def test_plans_are_compared_by_what_was_wished_for(wish, expected):
+    devices = [device(memory=40), device("other", memory=40, speed=30.0)]
+    found = wish.plan(costs(), devices, Links())
+    assert wish.seconds(found) == expected(found)
