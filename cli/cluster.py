@@ -225,6 +225,11 @@ def plan(
     Examples:
       localreason cluster plan qwen3-1.7b --explain
       localreason cluster plan model.gguf --devices home.json --in-flight 4 --json
+
+    \b
+    The file of --devices; a machine is what `localreason cluster profile --json` prints, and may stand alone:
+      {"devices": [MACHINE, MACHINE, ...],
+       "links": [{"from": NAME, "to": NAME, "seconds": 0.001, "bytes_per_second": 1e8}, ...]}
     """
     from ..cluster.placing import Wish
     from ..quant.gguf import ModelFile

@@ -1,7 +1,7 @@
 """`localreason cluster plan`: which machine would run which layers, and what to expect of it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from ..cluster.plan import Plan
 from ..cluster.variation import Replicas, replicate, variations
 from ..quant.gguf import ModelFile
 from ..runtime.errors import InputError
+
+_SEE = "see `localreason cluster plan --help`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +60,70 @@ class Question:
 def read_devices(path: Path) -> tuple[list[Device], Links]:
     """A described cluster: `devices`, the head first, and `links` of `from`, `to`, `seconds`, `bytes_per_second`.
 
-    Devices are as `localreason cluster profile --json` prints them. Raises InputError.
+    Devices are as `localreason cluster profile --json` prints them; one alone needs nothing round it. Raises
+    InputError for anything else.
     """
     try:
         found = json.loads(path.read_text("utf-8"))
+        if isinstance(found, dict) and "name" in found:
+            found = {"devices": [found]}
+        _check_keys("the file", found, ("devices",), ("links",))
+        _check_lists(found)
         devices = [Device.from_json(json.dumps(item)) for item in found["devices"]]
-        pairs = {
-            (str(item["from"]), str(item["to"])): (float(item["seconds"]), float(item["bytes_per_second"]))
-            for item in found.get("links", [])
-        }
+        names = [device.name for device in devices]
+        _check_names(names)
+        pairs = dict(_read_link(item, names) for item in found.get("links", []))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, ProtocolError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(
-            f"{path} does not describe machines: {reason}; see `localreason cluster profile --json`"
-        ) from error
-    names = [device.name for device in devices]
-    if not devices or len(set(names)) < len(names):
-        raise InputError(f"{path} names the machines {', '.join(names) or 'none'}; give one or more of different names")
-    if any(not (0 <= s < 1e6 and 0 < width < 1e15) for s, width in pairs.values()):
-        raise InputError(f"{path} has a link of impossible seconds or bytes per second; correct it")
+    except RecursionError as error:
+        raise InputError(f"{path} does not describe machines: it is nested too deeply; {_SEE}") from error
+    except (ValueError, ProtocolError) as error:
+        raise InputError(f"{path} does not describe machines: {error}; {_SEE}") from error
     devices[0] = replace(devices[0], name=HEAD_NAME)
-    pairs = {tuple(HEAD_NAME if end == names[0] else end for end in ends): link for ends, link in pairs.items()}
-    return devices, Links(pairs)  # pyright: ignore[reportArgumentType] - pairs of names stay pairs
+    return devices, Links(pairs)
+
+
+def _check_keys(what: str, found: Any, needed: Collection[str], others: Collection[str] = ()) -> None:
+    """Raises ValueError."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is {found!r:.40}, not an object of {', '.join(needed)}")
+    for key in needed:
+        if key not in found:
+            raise ValueError(f"{what} has no {key!r}")
+    for key in found:
+        if key not in needed and key not in others:
+            raise ValueError(f"{what} has an unknown key {key!r:.40}; known are {', '.join((*needed, *others))}")
+
+
+def _check_lists(found: dict[str, Any]) -> None:
+    """Raises ValueError."""
+    for key, value in found.items():
+        if not isinstance(value, list):
+            raise ValueError(f"{key!r} is {value!r:.40}, not a list")
+
+
+def _check_names(names: list[str]) -> None:
+    """Raises ValueError."""
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"it names the machines {', '.join(names) or 'none'}; give one or more of different names")
+    if HEAD_NAME in names[1:]:
+        raise ValueError(f"{HEAD_NAME!r} is what a plan calls the first machine; give the later one another name")
+
+
+def _read_link(item: Any, names: list[str]) -> tuple[tuple[str, str], tuple[float, float]]:
+    """The ends of a link, the first machine being the head, and its numbers. Raises ValueError."""
+    _check_keys("a link", item, ("from", "to", "seconds", "bytes_per_second"))
+    for key, most in (("seconds", 1e6), ("bytes_per_second", 1e15)):
+        number = item[key]
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not 0 <= number < most or (key == "bytes_per_second" and not number):
+            raise ValueError(f"{key} of a link is {number!r:.40}; it must be a number from 0 to {most:g}")
+    ends = []
+    for end in (item["from"], item["to"]):
+        if end not in (*names, HEAD_NAME):
+            raise ValueError(f"a link names the machine {end!r:.40}; the machines are {', '.join(names)}")
+        ends.append(HEAD_NAME if end == names[0] else end)
+    return (ends[0], ends[1]), (float(item["seconds"]), float(item["bytes_per_second"]))
 
 
 def table(found: Plan, replicas: Replicas | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import subprocess
 from subprocess import PIPE
@@ -9,6 +10,7 @@ from subprocess import PIPE
 import pytest
 
 from localreason.cli.config import load
+from localreason.cli.planning import read_devices
 from localreason.cli.ring import find_nodes
 from localreason.cluster.device import Device
 from localreason.cluster.formation import HEAD, Assignment, Placement
@@ -17,6 +19,7 @@ from localreason.cluster.identity import Identity, Peers
 from localreason.cluster.ring import RingEngine, RingOptions
 from localreason.cluster.store import Store
 from localreason.quant.gguf import ModelFile
+from localreason.runtime.errors import InputError
 from tests.cluster.processes import RUN, Head, NodeProcess
 from tests.gguf_models import write_model
 
@@ -156,16 +159,52 @@ def test_what_would_change_is_told_of_what_was_asked_for(run, tmp_path, flags, w
     ("text", "match"),
     [
         ("{", "does not describe machines"),
-        ("[]", "does not describe machines"),
+        ("[]", "the file is [], not an object of devices"),
         ('{"devices": []}', "names the machines none"),
+        ('{"devices": {}}', "'devices' is {}, not a list"),
         ('{"devices": [{"name": "x"}]}', "missing or unknown fields"),
+        ('{"name": "x"}', "missing or unknown fields"),
+        ('{"devices":' + "[" * 100_000, "nested too deeply"),
+        ('{"devices": [], "typo": 1}', "unknown key 'typo'; known are devices, links"),
     ],
 )
-def test_a_file_that_describes_no_machines_is_one_sentence(run, tmp_path, text, match):
+def test_a_file_that_describes_no_machines_is_one_sentence(tmp_path, text, match):
     (tmp_path / "home.json").write_text(text)
-    model = write_model(tmp_path / "tiny.gguf")
-    _, said = run("cluster", "plan", model, "--devices", tmp_path / "home.json", code=4)
-    assert match in said
+    with pytest.raises(InputError, match=re.escape(match)):
+        read_devices(tmp_path / "home.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"to": "nobody"}, "names the machine 'nobody'; the machines are machine0, machine1"),
+        ({"to": []}, "names the machine []"),
+        ({"seconds": True}, "seconds of a link is True"),
+        ({"seconds": float("nan")}, "seconds of a link is nan"),
+        ({"bytes_per_second": "1e7"}, "bytes_per_second of a link is '1e7'"),
+        ({"bytes_per_second": 0}, "bytes_per_second of a link is 0"),
+        ({"second": 1}, "a link has an unknown key 'second'"),
+    ],
+)
+def test_a_link_that_is_none_is_one_sentence(tmp_path, changed, match):
+    home = described(tmp_path, 8, 8)
+    link = {"from": "machine0", "to": "machine1", "seconds": 0.003, "bytes_per_second": 1e7}
+    found = json.loads(home.read_text())
+    home.write_text(json.dumps({**found, "links": [link]}))
+    assert read_devices(home)[1].of("head", "machine1") == (0.003, 1e7)
+    home.write_text(json.dumps({**found, "links": [{**link, **changed}]}))
+    with pytest.raises(InputError, match=re.escape(match)):
+        read_devices(home)
+
+
+def test_a_profile_describes_one_machine_and_a_later_one_is_not_named_head(tmp_path):
+    home = described(tmp_path, 8, 8)
+    one, other = json.loads(home.read_text())["devices"]
+    home.write_text(json.dumps(one))
+    assert [device.name for device in read_devices(home)[0]] == ["head"]
+    home.write_text(json.dumps({"devices": [one, {**other, "name": "head"}]}))
+    with pytest.raises(InputError, match="give the later one another name"):
+        read_devices(home)
 
 
 def test_a_model_that_fits_nowhere_says_what_is_missing(run, tmp_path):
