@@ -164,7 +164,7 @@ def test_what_would_change_is_told_of_what_was_asked_for(run, tmp_path, flags, w
         ('{"devices": {}}', "'devices' is {}, not a list"),
         ('{"devices": [{"name": "x"}]}', "missing or unknown fields"),
         ('{"name": "x"}', "missing or unknown fields"),
-        ('{"devices":' + "[" * 100_000, "nested too deeply"),
+        pytest.param('{"devices":' + "[" * 100_000, "nested too deeply", id="deep"),
         ('{"devices": [], "typo": 1}', "unknown key 'typo'; known are devices, links"),
     ],
 )
