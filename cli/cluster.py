@@ -112,12 +112,16 @@ def unpair(machine: Annotated[str, typer.Argument(help="Name or id of a paired m
 
 @app.command()
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete all window files.")] = False, is_json: Json = False
+    folder: Annotated[
+        Path | None, typer.Option("--cache", exists=True, file_okay=False, help="The folder of a node's --cache.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all window files.")] = False,
+    is_json: Json = False,
 ) -> None:
     """Show the window files kept on this machine, or delete them."""
     from .ring import make_home
 
-    store = make_home(config.load({})).store()
+    store = make_home(config.load({"cluster_cache": str(folder) if folder else None})).store()
     entries = store.entries()
     n_bytes = sum(size for _, size, _ in entries)
     if clear:

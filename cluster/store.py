@@ -8,6 +8,7 @@ be sent. A file that was not finished goes on where it stopped.
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ _BLOCK = 1 << 20
 _MOST_PARTS = 1 << 16
 _LONGEST_HEADER = 16 << 20
 _LOCK_SECONDS = 600
+_WINDOW = re.compile(r"[0-9a-f]{64}\.gguf(\.part)?")
+"""What a window file is named: of other models in the folder none is counted, and none deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,7 @@ class Store:
 
     def entries(self) -> list[tuple[Path, int, float]]:
         """Window files with bytes and the time of last use, the latest first."""
-        files = [path for path in self.folder.glob("*.gguf*") if path.suffix in (".gguf", ".part")]
+        files = [path for path in self.folder.glob("*.gguf*") if _WINDOW.fullmatch(path.name)]
         stats = [(path, path.stat()) for path in files]
         return sorted(((path, stat.st_size, stat.st_mtime) for path, stat in stats), key=lambda entry: -entry[2])
 

@@ -72,6 +72,10 @@ def test_pair_list_solve_and_unpair(run, tmp_path):
         assert planned == alone
         assert "this machine alone is expected to be the fastest" in notes
         assert "1 files" in run("cluster", "cache")[0]
+        (node.cache / "model.gguf").write_bytes(b"GGUF")  # not a window, and left alone
+        assert "1 files" in run("cluster", "cache", "--cache", node.cache)[0]
+        assert "bytes were freed" in run("cluster", "cache", "--cache", node.cache, "--clear")[0]
+        assert [path.name for path in node.cache.glob("*.gguf")] == ["model.gguf"]
         assert "bytes were freed" in run("cluster", "cache", "--clear")[0]
         run("cluster", "unpair", "attic")
         assert "is not paired" in run(*question, "--cluster", "--peer", here)[1]
