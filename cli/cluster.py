@@ -210,7 +210,9 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Say what other machines, contexts, files change.")
     ] = False,
-    compare: Annotated[list[Path] | None, typer.Option("--compare", help="Another file to hold beside it.")] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option("--compare", help="Explain, with another file beside it.")
+    ] = None,
     objective: Annotated[
         str | None, typer.Option("--objective", help="latency, throughput or prefill; unset: by --in-flight.")
     ] = None,
@@ -239,6 +241,8 @@ def plan(
     from ..quant.gguf import ModelFile
     from . import build, planning, ring
 
+    others = compare or []
+    explain = explain or bool(others)
     given = {"cache_type": cache_type, "row_type": row_type, "rounds": rounds, "disk": disk, "peers": peers}
     settings = config.load({**given, "model": model})
     chosen = settings.settings
@@ -253,12 +257,11 @@ def plan(
     question = planning.Question(file, machines, links, wish, context, chosen.cache_type or "f16", chosen.row_type)
     found = question.answer()
     if is_json:
-        print(json.dumps(planning.as_json(question, found, explain, compare or []), indent=2))
+        print(json.dumps(planning.as_json(question, found, explain, others), indent=2))
         return
     print(
         "\n".join(
-            planning.table(found, question.replicas())
-            + (planning.explain(question, found, compare or []) if explain else [])
+            planning.table(found, question.replicas()) + (planning.explain(question, found, others) if explain else [])
         )
     )
 

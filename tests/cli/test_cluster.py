@@ -134,6 +134,7 @@ def test_a_plan_for_described_machines(run, tmp_path):
     assert "whole copies on" in text
     found = json.loads(run("cluster", "plan", model, "--devices", home, "--json", "--explain")[0])
     assert [window["end"] for window in found["windows"]][-1] == 6
+    assert "with tiny.gguf" in run("cluster", "plan", model, "--devices", home, "--compare", model)[0]
     assert found["token_seconds"] > 0
 
 
