@@ -84,6 +84,7 @@ async def _run(home: "Home", name: str, port: int, settings: config.Config, is_l
     async def ready(port: int) -> None:
         print(f"listening on port {port}", flush=True)
         if home.is_plain:
+            _show(f"{name} is ready without encryption, for this machine alone")
             return
         await pairing.start([host] if is_loopback else ["0.0.0.0", "::"], port + 1)
         paired = ", ".join(peer.name for peer in home.peers.list()) or "nobody yet"

@@ -8,6 +8,8 @@ from .errors import ClusterError, ProtocolError
 from .identity import Identity, Peers, channel_credentials, channel_options, fingerprint, server_credentials
 from .node import OPTIONS
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 
 class TlsGate:
     """Admits paired machines, and for the length of a session those that a paired head introduced."""
@@ -64,7 +66,7 @@ class PlainGate:
 
     def add_port(self, server: grpc.aio.Server, host: str, port: int) -> int:
         """Listen; the port that was taken."""
-        if host not in ("127.0.0.1", "::1", "localhost"):
+        if host not in LOOPBACK:
             raise ClusterError(f"plain text is possible on this machine only, not on {host}; leave --plaintext out")
         return server.add_insecure_port(target(host, port))
 

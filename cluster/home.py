@@ -12,7 +12,7 @@ import platformdirs
 from .codec import PROTOCOL
 from .discovery import Found, browse, parse_peer, usability
 from .errors import ClusterError
-from .gate import PlainGate, TlsGate
+from .gate import LOOPBACK, PlainGate, TlsGate
 from .identity import Identity, Peers
 from .link import LinkBook
 from .member import STRANGER, UNTRUSTED, Address, Member
@@ -23,6 +23,7 @@ DEFAULT_PORT = 7411
 _MOST_CLOCK_SECONDS = 86_400
 """Certificates are valid from a day before they were made."""
 _LIMIT_SHARE = 0.5
+_PLAIN_THERE = "speaks without encryption: start it without --plaintext, or set LOCALREASON_PLAINTEXT=1 here, for tests"
 _BUSY = "is busy with"
 _AGAIN_SECONDS = 0.5
 
@@ -141,7 +142,21 @@ class Home:
                 return seen
             if STRANGER not in seen.problem:
                 problem = seen.problem
+        if host in LOOPBACK and await self._is_plain_there(Address(label, host, port)):
+            problem = _PLAIN_THERE
         return Seen(label, label, None, problem)
+
+    @staticmethod
+    async def _is_plain_there(address: Address) -> bool:
+        """Whether a node for tests listens, which cannot be paired."""
+        member = Member(address, PlainGate())
+        try:
+            await member.describe()
+        except ClusterError:
+            return False
+        finally:
+            await member.release()
+        return True
 
     async def _ask(self, address: Address, id: str, types: list[str]) -> Seen:
         member = Member(address, self.gate)

@@ -312,3 +312,10 @@ def test_plain_text_needs_loopback_and_a_wrong_peer_is_one_sentence(run, tmp_pat
     with NodeProcess(tmp_path, "attic") as node:
         _, said = run("node", "--loopback", "--port", node.port, "--folder", tmp_path / "b", code=1)
         assert "the port cannot be used" in said
+
+
+def test_a_node_without_encryption_is_told_from_one_that_is_not_paired(run, tmp_path):
+    with NodeProcess(tmp_path, "attic", None, "--plaintext") as node:
+        said = run("cluster", "list", "--peer", f"127.0.0.1:{node.port}")[0]
+    assert "speaks without encryption: start it without --plaintext" in said
+    assert "pair" not in said
