@@ -28,7 +28,9 @@ Limit = Annotated[
 
 @app.command()
 def node(
-    name: Annotated[str | None, typer.Option("--name", help="Name of this machine; unset: that of its system.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name, at the first start; unset: that of the system.")
+    ] = None,
     port: Annotated[
         int, typer.Option("--port", min=0, max=65534, help="Port; pairing takes the next one. 0 takes a free one.")
     ] = 7411,
@@ -59,8 +61,14 @@ def node(
 
     limit = int(cache_limit * 2**30) if cache_limit else None
     home = Home(folder, cache, plaintext, limit, name)
+    known = home.identity.name
+    if not plaintext and name not in (None, known):
+        _show(
+            f"this machine stays {known}, as its certificate and the machines paired with it have it, and not {name}; "
+            f"to rename it, delete {home.identity.folder / 'identity.pem'} and pair again"
+        )
     try:
-        asyncio.run(_run(home, name or home.identity.name, port, settings, loopback))
+        asyncio.run(_run(home, name if name and plaintext else known, port, settings, loopback))
     except KeyboardInterrupt:
         _show("stopped")
 
