@@ -69,9 +69,11 @@ def pair(
 
     home = make_home(config.load({}))
     host, port = asyncio.run(_find(node))
+    if port == 65535:
+        raise InputError(f"pairing takes the port above the node's, and {port} is the last; start the node at another")
 
     def ask(prompt: str) -> str:
-        return code if code is not None else typer.prompt(prompt)
+        return code if code is not None else typer.prompt(prompt, prompt_suffix="")
 
     peer = asyncio.run(pair_with(host, port + 1, home.identity, home.peers, ask))
     print(f"paired with {peer.name} ({peer.id})")

@@ -60,6 +60,7 @@ def test_pair_list_solve_and_unpair(run, tmp_path):
         said, _ = pairing.communicate(code + "\n", timeout=30)
         assert pairing.returncode == 0
         assert "paired with attic" in said
+        assert "Code shown on attic: paired" in said  # the person's line is not echoed here
         assert "ready" in run("cluster", "list", "--peer", here)[0]
         rows = json.loads(run("cluster", "status", "--peer", here, "--json")[0])
         assert rows[0]["round_trip_ms"] > 0
@@ -98,6 +99,18 @@ def has_ipv6():
     with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
         return True
     return False
+
+
+def test_there_is_no_pairing_port_above_the_last(run):
+    assert "pairing takes the port above the node's" in run("cluster", "pair", "127.0.0.1:65535", code=4)[1]
+
+
+def test_a_node_of_an_old_identity_keeps_its_name(tmp_path):
+    node = NodeProcess(tmp_path, "attic")
+    node.name = "new"
+    with node:
+        assert "this machine stays attic" in node.wait_for("and not new")
+        assert node.wait_for("is ready").startswith("attic (")
 
 
 def test_a_wrong_code_pairs_nobody(run, tmp_path):
