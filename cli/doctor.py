@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +26,7 @@ def doctor(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, even if that was done this week.")] = False,
     is_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure this machine and look at its network: memory, disk, GPU, ports, multicast, nodes and clocks.
+    """Measure this machine and look at its network: memory, disk, GPU, ports, multicast, nodes and their clocks.
 
     Takes some seconds, needs no other rights than yours.
 
@@ -93,7 +94,6 @@ async def _network(home: "Home", named: tuple[str, ...]) -> list[dict[str, Any]]
     from ..cluster.discovery import Announcement, announce, browse, useful_addresses
     from ..cluster.errors import ClusterError
     from ..cluster.home import DEFAULT_PORT
-    from ..cluster.member import Member
     from .ring import LOOK_SECONDS
 
     addresses = useful_addresses()
@@ -112,6 +112,15 @@ async def _network(home: "Home", named: tuple[str, ...]) -> list[dict[str, Any]]
         )
     except ClusterError as error:
         rows.append(_row("multicast", str(error), "name nodes with --peer HOST:PORT", False))
+    return rows + await look_at_nodes(home, named)
+
+
+async def look_at_nodes(home: "Home", named: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of the nodes that announce themselves or are named: what they can be used for, their links, their clocks."""
+    from ..cluster.member import Member
+    from .ring import LOOK_SECONDS
+
+    rows: list[dict[str, Any]] = []
     seen = await home.survey(LOOK_SECONDS, named)
     for one in seen:
         found, means = one.problem or "ready", ""
@@ -124,9 +133,27 @@ async def _network(home: "Home", named: tuple[str, ...]) -> list[dict[str, Any]]
             finally:
                 await member.release()
         rows.append(_row(f"node {one.name}", found, means, not one.problem))
+        if one.reply is not None:
+            rows.append(clock_row(one.name, one.clock_seconds))
     if not seen:
         rows.append(_row("nodes", "none", "run `localreason node` on another machine of the home"))
     return rows
+
+
+def clock_row(name: str, seconds: float) -> dict[str, Any]:
+    """What is said of a node's clock that is so far ahead of this machine's."""
+    from ..cluster.home import MOST_CLOCK_SECONDS
+
+    is_ok = abs(seconds) <= MOST_CLOCK_SECONDS
+    amount = f"{abs(seconds):.1f} s" if abs(seconds) < 3600 else f"{abs(seconds) / 3600:.1f} hours"
+    means = "certificates hold from a day before they are made: a new one may be refused; set the clock"
+    return _row(
+        f"clock {name}",
+        f"{amount} {'ahead of' if seconds > 0 else 'behind'} this machine's; up to "
+        f"{MOST_CLOCK_SECONDS // 3600} hours do no harm",
+        "" if is_ok else means,
+        is_ok,
+    )
 
 
 def _is_free(port: int) -> bool:

@@ -20,7 +20,7 @@ from .store import Store
 from .wire import ring_pb2 as wire
 
 DEFAULT_PORT = 7411
-_MOST_CLOCK_SECONDS = 86_400
+MOST_CLOCK_SECONDS = 86_400
 """Certificates are valid from a day before they were made."""
 _LIMIT_SHARE = 0.5
 _PLAIN_THERE = "speaks without encryption: start it without --plaintext, or set LOCALREASON_PLAINTEXT=1 here, for tests"
@@ -37,6 +37,8 @@ class Seen:
     address: Address | None
     problem: str = ""
     reply: wire.DescribeReply | None = None
+    clock_seconds: float = 0.0
+    """How far its clock is ahead of this machine's, where there is a reply."""
 
     @property
     def is_busy(self) -> bool:
@@ -134,7 +136,14 @@ class Home:
             seen = await self._ask(Address(label, host, port), label, types)
             if seen.reply is None:
                 return seen
-            return Seen(seen.reply.name, label, Address(seen.reply.name, host, port), seen.problem, seen.reply)
+            return Seen(
+                seen.reply.name,
+                label,
+                Address(seen.reply.name, host, port),
+                seen.problem,
+                seen.reply,
+                seen.clock_seconds,
+            )
         problem = f"is not paired: run `localreason cluster pair {label}`"
         for peer in sorted(self.peers.list(), key=lambda peer: peer.address.rpartition(":")[0] != host):
             seen = await self._ask(Address(peer.name, host, port, peer.certificate.decode()), peer.id, types)
@@ -168,8 +177,8 @@ class Home:
             await member.release()
         problem = ""
         off = reply.unix_seconds - time.time()
-        if abs(off) > _MOST_CLOCK_SECONDS:
+        if abs(off) > MOST_CLOCK_SECONDS:
             problem = f"has a clock that is off by {off / 3600:.0f} hours; set it"
         elif reply.held_by:
             problem = f"{_BUSY} {reply.held_by}"
-        return Seen(address.name, id, address, problem, reply)
+        return Seen(address.name, id, address, problem, reply, off)

@@ -1,5 +1,6 @@
 """The cluster's commands as a user gives them, with real nodes on this machine."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -10,6 +11,7 @@ from subprocess import PIPE
 import pytest
 
 from localreason.cli.config import load
+from localreason.cli.doctor import clock_row, look_at_nodes
 from localreason.cli.planning import read_devices
 from localreason.cli.ring import find_nodes
 from localreason.cluster.device import Device
@@ -325,6 +327,20 @@ def test_plain_text_needs_loopback_and_a_wrong_peer_is_one_sentence(run, tmp_pat
     with NodeProcess(tmp_path, "attic") as node:
         _, said = run("node", "--loopback", "--port", node.port, "--folder", tmp_path / "b", code=1)
         assert "the port cannot be used" in said
+
+
+def test_the_doctor_tells_how_far_a_clock_is_off(tmp_path):
+    laptop = Head(tmp_path)
+    with NodeProcess(tmp_path, "attic", laptop) as node:
+        rows = asyncio.run(look_at_nodes(Home(laptop.folder), [f"127.0.0.1:{node.port}"]))
+    found = {row["what"]: row for row in rows}
+    assert found["node attic"]["ok"]
+    assert re.match(r"\d\.\d s (ahead of|behind) this machine's", found["clock attic"]["found"])
+    assert clock_row("attic", 86_000)["ok"]
+    late = clock_row("attic", -25 * 3600)
+    assert not late["ok"]
+    assert late["found"].startswith("25.0 hours behind this machine's; up to 24 hours")
+    assert late["means"].endswith("set the clock")
 
 
 def test_a_node_without_encryption_is_told_from_one_that_is_not_paired(run, tmp_path):
