@@ -37,6 +37,8 @@ class Access:
     origins: tuple[str, ...] = ()
     """Web pages that browsers let read replies; none by default."""
     n_body_bytes: int = 1 << 20
+    header_seconds: float = 10.0
+    """In which a connection has to send a whole request header, the first one and after each reply."""
     body_seconds: float = 30.0
     """In which a body has to arrive."""
     write_seconds: float = 60.0

@@ -6,6 +6,7 @@ import socket
 import uvicorn
 
 from .server_app import Access, make_app
+from .server_connection import make_protocol
 from .server_runner import Runner
 from .server_schema import Limits
 
@@ -22,6 +23,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(runner, limits, access),
+                http=make_protocol(access.header_seconds),
                 lifespan="off",
                 ws="none",
                 log_level="warning",

@@ -30,6 +30,7 @@ from tests.cli.serving import DEADLINE_SECONDS, LIMITS, Gate, GatedEngine, Runni
 from tests.gguf_models import write_model
 
 ASKED: list[Any] = [{"role": "user", "content": "What is 3 + 4?"}]
+WITHOUT_ITS_BODY = b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -419,6 +420,24 @@ def test_a_key_is_needed_where_one_is_set():
             assert http.get("/v1/models", headers=right).json()["data"][0]["id"] == "scripted"
         with pytest.raises(openai.AuthenticationError):
             ask(running.openai("wrong"))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [b"", b"GET /health HTTP/1.1\r\nHo", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET", WITHOUT_ITS_BODY],
+    ids=["nothing", "half a header", "half a second header", "a body that never comes"],
+)
+def test_a_connection_without_a_request_is_closed_while_others_are_served(gate: Gate, asked: bytes):
+    with serving(scripted_model(gate), access=Access(header_seconds=0.1)) as running, running.http() as http:
+        stream, _ = first_chunk(running, gate, "hello")  # before the other, so that its time would be over first
+        with socket.create_connection(("127.0.0.1", running.port)) as connection:
+            connection.settimeout(DEADLINE_SECONDS)
+            connection.sendall(asked)
+            assert http.get("/health").status_code == 200
+            while connection.recv(1 << 16):
+                pass
+        gate.open()
+        assert joined(stream)[2] == {0: "stop"}, "a request under way has all the time it needs"
 
 
 def test_a_body_that_is_too_large_is_refused_announced_or_in_chunks():
