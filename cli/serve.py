@@ -14,7 +14,7 @@ from .main import ExitCode
 
 if TYPE_CHECKING:
     from ..runtime.llama import EngineOptions
-    from ..runtime.model import Recipe
+    from ..runtime.model import Model, Recipe
     from .server_schema import Limits
     from .server_stop import Server
 
@@ -114,7 +114,7 @@ def serve(
         options = make_options(settings, recipe)
         with wiring.open_model(path, options, settings) as opened:
             assert isinstance(opened, Model)
-            limits = make_limits(settings, recipe, opened.engine.n_vocab)
+            limits = make_limits(settings, recipe, opened)
             run(server_stop.Server(Runner(opened, settings.settings.parallel, queue), limits, access, grace), listener)
     raise typer.Exit(int(ExitCode.OK))
 
@@ -135,8 +135,10 @@ def make_options(settings: config.Config, recipe: "Recipe") -> "EngineOptions":
     )
 
 
-def make_limits(settings: config.Config, recipe: "Recipe", n_vocab: int) -> "Limits":
+def make_limits(settings: config.Config, recipe: "Recipe", model: "Model") -> "Limits":
     """What requests are granted at most, by the server's own settings. Raises ControlError."""
+    from ..runtime.controls.budget import closing
+    from ..runtime.formats import find_format
     from .server_schema import Limits
 
     chosen = settings.settings
@@ -145,6 +147,7 @@ def make_limits(settings: config.Config, recipe: "Recipe", n_vocab: int) -> "Lim
             f"search: n is {recipe.n_samples} and the server runs {max(_N_SEQUENCES, chosen.parallel)} sequences of "
             f"one request at most; lower n"
         )
+    format = find_format(recipe.format) if recipe.format else model.format
     return Limits(
         recipe=recipe,
         max_tokens=_most_tokens(recipe),
@@ -152,7 +155,8 @@ def make_limits(settings: config.Config, recipe: "Recipe", n_vocab: int) -> "Lim
         preset=None if chosen.preset == "none" else chosen.preset,
         controls=chosen.controls,
         n_sequences=max(_N_SEQUENCES, chosen.parallel),
-        n_vocab=n_vocab,
+        n_vocab=model.engine.n_vocab,
+        n_closing=len(closing(format, model.tokenizer, format.lead)),
     )
 
 

@@ -42,6 +42,8 @@ class Outcome:
     counts: Counts
     counters: Counters
     sample: int = 0
+    n_reply: int = 0
+    """Tokens of the reply as it stands: without its end, and what controls took back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,9 @@ class Choice:
             n_sampled = sum(one.sequence.counts.thinking + one.sequence.counts.answer for one in self.samples)
             counters = {**counters, "search": {**self._search.counters, "sampled_tokens": n_sampled}}
             updates = chosen.updates
-        outcome = Outcome(chosen.stop or reason, chosen.sequence.counts, counters, chosen.sequence.sample)
+        sequence, stop = chosen.sequence, chosen.stop or reason
+        n_reply = sequence.n_reply - (stop == "end")
+        outcome = Outcome(stop, sequence.counts, counters, sequence.sample, n_reply)
         return [*updates, Update(self.index, "end", outcome=outcome)]
 
     def _winner(self) -> "_Sample":

@@ -143,14 +143,14 @@ class Reply:
 
     def _usage(self) -> dict[str, Any]:
         """Prompt tokens once, and of each choice the tokens of the sample that is shown, those of controls included."""
-        counts = [outcome.counts for outcome in self.outcomes.values()]
-        n_reply = sum(count.thinking + count.answer + count.forced + count.hint for count in counts)
-        n_prompt = self._job.n_prompt
+        outcomes, n_prompt = self.outcomes.values(), self._job.n_prompt
+        n_reply = sum(outcome.n_reply for outcome in outcomes)
+        n_thinking = sum(min(outcome.counts.thinking, outcome.n_reply) for outcome in outcomes)
         return {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_reply,
             "total_tokens": n_prompt + n_reply,
-            "completion_tokens_details": {"reasoning_tokens": sum(count.thinking for count in counts)},
+            "completion_tokens_details": {"reasoning_tokens": n_thinking},
         }
 
     def _report(self) -> dict[str, Any]:

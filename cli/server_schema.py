@@ -39,6 +39,8 @@ _KNOWN = frozenset(
     | {"top_k", "min_p", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "reasoning_effort"}
     | {"response_format", "localreason", *_NEUTRAL}
 )
+_LEAST_THINKING = 16
+"""A reply that has no room for as many thinking tokens goes without."""
 _OWN = ("budget", "preset", "controls", "search", "think")
 
 
@@ -55,6 +57,8 @@ class Limits:
     n_sequences: int = 16
     """Most sequences of one request: choices times samples."""
     n_vocab: int = 1 << 31
+    n_closing: int = 0
+    """Tokens that a cut writes: the end of the thinking and the lead to the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +154,14 @@ def _recipe(body: Mapping[str, Any], limits: Limits, limit_name: str) -> Recipe:
         raise Refused(f"reasoning_effort is none of {', '.join(EFFORTS)}", "reasoning_effort")
     wanted = whole(own, "budget", 0, 2**31 - 1, "localreason.budget")
     wanted = wanted if wanted is not None or effort is None else EFFORTS[effort]
-    # A quarter of a short reply is kept for the answer; without it all of it could be thinking.
-    cap = min(limits.max_thinking, max_tokens * 3 // 4, *(() if wanted is None else (wanted,)))
+    n_room = _room_to_think(max_tokens, limits)
+    cap = min(limits.max_thinking, n_room, *(() if wanted is None else (wanted,)))
+    controls = _capped(_controls(own, limits), cap)
     seed = whole(body, "seed", -(2**63), 2**63 - 1)
     top_k, sampling = whole(body, "top_k", 0, 2**31 - 1), base.sampling
     return replace(
         base,
-        controls=_capped(_controls(own, limits), cap),
+        controls=controls if n_room else tuple(map(_without_lead, controls)),
         sampling=Sampling(
             number(body, "temperature", 0, 2, sampling.temperature),
             number(body, "top_p", 0, 1, sampling.top_p),
@@ -165,8 +170,14 @@ def _recipe(body: Mapping[str, Any], limits: Limits, limit_name: str) -> Recipe:
         ),
         seed=secrets.randbelow(2**63) if seed is None else seed % 2**63,
         max_tokens=max_tokens,
-        is_thinking=flag(own, "think", base.is_thinking and effort != "none"),
+        is_thinking=flag(own, "think", base.is_thinking and effort != "none") and n_room > 0,
     )
+
+
+def _room_to_think(max_tokens: int, limits: Limits) -> int:
+    """Three quarters of what a cut leaves of a reply, for the rest is the answer's; 0 where that is too little."""
+    n_room = (max_tokens - limits.n_closing) * 3 // 4
+    return n_room if n_room >= _LEAST_THINKING else 0
 
 
 def _controls(own: Mapping[str, Any], limits: Limits) -> tuple[Parameters, ...]:

@@ -177,10 +177,10 @@ class _Loop:
             self._ended.append((row, "end"))
 
     def _drain(self, row: Resident) -> Iterator[Event]:
-        """Let all forced tokens join, then see whether there is room for more."""
+        """Let the forced tokens join for which there is room, then see whether there is room for more."""
         sequence = row.sequence
         room = self.engine.n_context_sequence
-        while sequence.forced and len(sequence.tokens) < room:
+        while sequence.forced and len(sequence.tokens) < room and not sequence.is_full:
             token, origin = sequence.forced.popleft()
             yield from self._accept(row, token, origin)
         if any(ended is row for ended, _ in self._ended):
@@ -189,7 +189,7 @@ class _Loop:
         self._forget(sequence, len(sequence.tokens) - 1)
         if len(sequence.tokens) >= room:
             self._ended.append((row, "context"))
-        elif sequence.limit is not None and sequence.n_reply >= sequence.limit:
+        elif sequence.is_full:
             self._ended.append((row, "length"))
 
     # --- what controls ask for ----------------------------------------------------------------------------------

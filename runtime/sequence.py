@@ -95,6 +95,11 @@ class Sequence:
         return len(self.tokens) - self.n_prompt
 
     @property
+    def is_full(self) -> bool:
+        """True where the limit leaves no room for another token."""
+        return self.limit is not None and self.n_reply >= self.limit
+
+    @property
     def is_thinking(self) -> bool:
         return self.phase is Phase.THINK
 

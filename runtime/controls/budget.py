@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from ..engine import Row
 from ..errors import ControlError
+from ..formats import ThinkingFormat
 from ..sequence import Origin, Phase, Sequence
+from ..tokenizer import Tokenizer
 from .control import Action, Bias, Control, Force, Note, Parameters, Rewrite, Setup, parameter
 
 _N_BROKEN = 8
@@ -124,9 +126,7 @@ class BudgetForcing(Control):
         )
 
     def _closing(self, sequence: Sequence, lead: str) -> tuple[int, ...]:
-        newline = "" if sequence.thinking.endswith("\n") else "\n"
-        text = newline + self.setup.format.close.lstrip("\n") + lead
-        return tuple(self.setup.tokenizer.encode(text, special=True))
+        return closing(self.setup.format, self.setup.tokenizer, lead, sequence.thinking)
 
     def _ended(self, sequence: Sequence) -> Iterable[Action]:
         """The model ended its reply inside the block: ignore it, or close the block so that an answer follows."""
@@ -180,3 +180,9 @@ class BudgetForcing(Control):
             return True
         self._seen.add(key)
         return False
+
+
+def closing(format: ThinkingFormat, tokenizer: Tokenizer, lead: str, thinking: str = "") -> tuple[int, ...]:
+    """The tokens that end a block of thinking, with the lead to the answer."""
+    newline = "" if thinking.endswith("\n") else "\n"
+    return tuple(tokenizer.encode(newline + format.close.lstrip("\n") + lead, special=True))

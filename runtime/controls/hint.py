@@ -62,13 +62,16 @@ class ConciseHint(Control):
             return ()
         if sequence.forced or sequence.is_ending or sequence.origins[-1] is not Origin.SAMPLED:
             return ()  # never inside forced text: look again at the next token
-        if self._is_near_cut(sequence):
+        if self._is_near_cut(sequence) or self._is_near_limit(sequence):
             return ()
         return self._splice(sequence)
 
     def _is_near_cut(self, sequence: Sequence) -> bool:
         cap = self.setup.max_thinking
         return cap is not None and cap - sequence.counts.thinking <= _N_BEFORE_CUT
+
+    def _is_near_limit(self, sequence: Sequence) -> bool:
+        return sequence.limit is not None and sequence.limit - sequence.n_reply <= len(self._hint)
 
     def _splice(self, sequence: Sequence) -> Iterable[Action]:
         assert self._start is not None

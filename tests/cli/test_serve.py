@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from localreason.cli.server_job import Job
 from localreason.cli.server_runner import Runner
 from localreason.cli.server_schema import Limits, parse_chat
 from localreason.runtime.controls import combine
+from localreason.runtime.controls.budget import closing
 from localreason.runtime.llama import EngineOptions
 from localreason.runtime.model import Model, Recipe
 from tests.cli.serving import DEADLINE_SECONDS, LIMITS, Gate, GatedEngine, Running, scripted_model, serving
@@ -201,8 +203,15 @@ def test_a_budget_cuts_the_thinking_and_the_servers_cap_always_holds(scripted: R
         assert reply.choices[0].message.content.endswith("You said think long!")
 
 
-def test_a_short_reply_keeps_room_for_its_answer(scripted: Running):
-    assert "You" in ask(scripted.openai(), "think long", max_tokens=80).choices[0].message.content
+@pytest.mark.parametrize(("max_tokens", "is_thinking"), [(4, False), (8, False), (16, False), (32, False), (64, True)])
+def test_a_short_reply_keeps_to_its_limit_and_room_for_its_answer(max_tokens: int, is_thinking: bool):
+    model = scripted_model()
+    limits = replace(LIMITS, n_closing=len(closing(model.format, model.tokenizer, model.format.lead)))
+    with serving(model, limits=limits) as running:
+        reply = ask(running.openai(), "think long", max_tokens=max_tokens)
+    assert reply.usage.completion_tokens <= max_tokens
+    assert (reply.usage.completion_tokens_details.reasoning_tokens > 0) == is_thinking
+    assert max_tokens < 8 or "You" in reply.choices[0].message.content
 
 
 def first_chunk(running: Running, gate: Gate, text: str = "think long") -> tuple[Any, str]:
@@ -486,7 +495,9 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path, number: sig
             url = process.stdout.readline().split()[-1]
             client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
             assert client.models.list().data[0].id == "tiny"
-            assert ask(client, max_tokens=8).choices[0].finish_reason == "length"
+            for n in (4, 8, 16, 32):
+                reply = ask(client, max_tokens=n)
+                assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (n, "length")
             process.send_signal(number)
             assert process.wait(30) == ExitCode.OK
         finally:

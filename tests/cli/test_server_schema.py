@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -48,6 +49,13 @@ def test_what_a_request_does_not_say_is_the_servers():
 def test_what_a_request_asks_for_is_clamped(more: dict[str, Any], max_tokens: int, max_thinking: int):
     recipe = chat(**more).recipe
     assert (recipe.max_tokens, recipe.max_thinking) == (max_tokens, max_thinking)
+
+
+@pytest.mark.parametrize(("max_tokens", "max_thinking"), [(4, 0), (16, 0), (32, 0), (33, 16), (52, 30), (256, 64)])
+def test_what_a_cut_writes_leaves_room_for_the_answer_or_there_is_no_thinking(max_tokens: int, max_thinking: int):
+    body = {"messages": [USER], "max_tokens": max_tokens, "localreason": {"think": True}}
+    recipe = parse_chat(body, replace(LIMITS, n_closing=11)).recipe
+    assert (recipe.max_thinking, recipe.is_thinking) == (max_thinking, max_thinking > 0)
 
 
 def test_a_cap_applies_though_the_server_names_no_budget():

@@ -18,7 +18,17 @@ FORMAT = FORMATS["think"]
 CLOSE, LEAD = FORMAT.close, FORMAT.lead
 
 
-def run(replies, texts, prompt="Q<think>", invisible="\0", n_samples=1, tokenizer=None, n_words=(), **engine_options):
+def run(
+    replies,
+    texts,
+    prompt="Q<think>",
+    invisible="\0",
+    n_samples=1,
+    tokenizer=None,
+    n_words=(),
+    limit=None,
+    **engine_options,
+):
     """One question under the controls `texts`; returns the sequences, the events and the tokenizer."""
     tokenizer = tokenizer or ByteTokenizer(list(n_words))
     engine = ScriptedEngine(script(tokenizer, replies, invisible), tokenizer.n_vocab, **engine_options)
@@ -29,7 +39,7 @@ def run(replies, texts, prompt="Q<think>", invisible="\0", n_samples=1, tokenize
     requests = []
     for sample in range(n_samples):
         controls = [shared.get(p.control) or CONTROLS[p.control](p, setup) for p in chosen]
-        sequence = Sequence(tokenizer.encode(prompt, special=True), id="Q", sample=sample)
+        sequence = Sequence(tokenizer.encode(prompt, special=True), id="Q", sample=sample, limit=limit)
         requests.append(Request(sequence, PhaseTracker(FORMAT, "<think>"), lambda row: int(row.argmax()), controls))
     events = list(decode(engine, tokenizer, requests))
     assert not any(engine.held)
@@ -245,6 +255,13 @@ class TestHint:
     def test_not_in_the_last_tokens_before_a_hard_cut(self):
         [_], events, _ = run({"Q<think>": "a, " * 100, LEAD: "7"}, ["hint", "budget:max=190,slack=0"], invisible=HINT)
         assert counters(events, "hint")["hints"] == 0 + (190 - 128 > 64)
+
+    def test_no_hint_where_the_limit_has_no_room_for_it(self):
+        n_hint = len(ByteTokenizer().encode(HINT, special=True))
+        for n_more, n_hints in ((0, 0), (1, 1)):
+            [one], events, _ = run({"Q<think>": "a, " * 100}, ["hint"], invisible=HINT, limit=128 + n_hint + n_more)
+            assert counters(events, "hint")["hints"] == n_hints
+            assert one.n_reply == one.limit
 
     def test_a_recurrent_model_gets_the_hint_at_the_end_of_the_chunk(self):
         text = "One thing, another. " + "x" * 120

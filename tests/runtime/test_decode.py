@@ -183,6 +183,13 @@ def test_forced_tokens_are_taken_without_logits_and_evaluated_in_one_batch():
     assert one.sequence.counts.forced == 3
 
 
+def test_forced_tokens_keep_to_the_limit():
+    tokenizer, engine = make({"A": "12"})
+    one = request(tokenizer, "A", [Once(2, (Force(tuple(b"XYZ")),), tokenizer)], limit=4)
+    assert finish_of(decode(engine, tokenizer, [one])) == [("A", "length")]
+    assert one.sequence.answer == "12XY"
+
+
 def test_a_rewrite_puts_a_hint_before_text_that_is_kept_and_not_sent_again():
     tokenizer = ByteTokenizer()
     engine = ScriptedEngine(script(tokenizer, {"A": "1234"}, invisible="hint"), tokenizer.n_vocab)
