@@ -120,7 +120,7 @@ def serve(
 
 
 def make_options(settings: config.Config, recipe: "Recipe") -> "EngineOptions":
-    """How the file is opened: a place and a probe beside it for each reply, and one kept prompt."""
+    """How the file is opened: a place and a probe beside it for each reply, and a kept prompt."""
     from ..runtime.llama import EngineOptions
 
     chosen = settings.settings

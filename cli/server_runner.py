@@ -195,7 +195,7 @@ class Runner:
 
     def __next__(self) -> Request:
         """The next request: none while others run and nobody waits; where nothing runs, it is waited for, so that the
-        loop stays alive and keeps the latest prompt."""
+        loop stays alive and keeps the latest prompts."""
         with self._changed:
             while not self._waiting:
                 if self._running or self._is_closing:

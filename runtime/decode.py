@@ -92,11 +92,7 @@ class _Loop:
             for control in row.request.controls:
                 yield from self._act(row, control, control.begin(sequence))
             yield from self._drain(row)
-        slot = self.schedule.take_slot()
-        assert slot is not None, "admit looks for a slot first"
-        sequence.slot = slot
-        self.schedule.share(row)
-        self.schedule.rows.append(row)
+        self.schedule.enter(row)
         yield from self._settle()
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -302,11 +298,11 @@ class _Loop:
         yield Finished(sequence, reason, {control.name: dict(control.counters) for control in row.request.controls})
 
     def _make_room(self) -> Iterator[Event]:
-        """The cache is full: give up the kept prompt, then probes, then the youngest sequence, which waits with its
+        """The cache is full: give up the kept prompts, then probes, then the youngest sequence, which waits with its
         tokens and is evaluated again later; the last one left has reached the end of the context."""
         probes = [row for row in self.schedule.rows if row.probe is not None]
-        if self.schedule.has_donor:
-            self.schedule.drop_donor()
+        if self.schedule.has_kept:
+            self.schedule.drop_kept()
         elif probes:
             row = probes[-1]
             self.schedule.leave(row)

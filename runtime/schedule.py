@@ -11,6 +11,8 @@ from .tokenizer import StreamDecoder
 
 _SHORTEST_SHARED = 8
 """Prefixes shorter than this are evaluated again rather than forked."""
+_MOST_KEPT = 4
+"""Ended prompts that are kept: enough for clients that take turns, and few, for they hold cells of the cache."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,41 +68,62 @@ class Schedule:
         self.is_tight = False
         """True since a sequence had to be evicted, until one ends."""
         self._free = list(reversed(range(engine.n_sequences)))
-        self._donor: tuple[int, list[int]] | None = None
-        """Slot and tokens of the latest ended prompt, perhaps with its reply: the next one often begins alike."""
+        self._kept: dict[int, list[int]] = {}
+        """Ended prompts by slot, perhaps with their replies, the one used longest ago first: others begin alike."""
 
     @property
     def has_room(self) -> bool:
         """True where a slot is free or can be freed."""
-        return bool(self._free or self._donor)
+        return bool(self._free or self._kept)
 
     @property
-    def has_donor(self) -> bool:
-        return self._donor is not None
+    def has_kept(self) -> bool:
+        return bool(self._kept)
 
     def take_slot(self) -> int | None:
-        """A free slot, at the kept prompt's cost if need be."""
-        if not self._free and self._donor:
-            self.drop_donor()
+        """A free slot, at a kept prompt's cost if need be."""
+        if not self._free and self._kept:
+            self.drop_kept()
         return self._free.pop() if self._free else None
 
-    def drop_donor(self) -> None:
-        """Give up the kept prompt."""
-        if self._donor:
-            self.engine.rewind(self._donor[0], 0)
-            self._free.append(self._donor[0])
-            self._donor = None
+    def drop_kept(self) -> None:
+        """Give up the kept prompt that was used longest ago."""
+        slot = next(iter(self._kept))
+        del self._kept[slot]
+        self._free_slot(slot)
 
-    def share(self, row: Resident) -> None:
-        """Fork the longest prefix that the donor or a running row has in common with this one, or wait for it."""
+    def _free_slot(self, slot: int) -> None:
+        self.engine.rewind(slot, 0)
+        self._free.append(slot)
+
+    def enter(self, row: Resident) -> None:
+        """Give the row a slot, and fork the longest prefix that a kept prompt or a running row has in common with it,
+        or wait for that."""
+        sequence = row.sequence
+        donor, n_shared = self._find_kept(sequence.tokens)
+        slot = self.take_slot()
+        assert slot is not None, "admit looks for a slot first"
+        sequence.slot = slot
+        if donor in self._kept:  # not where its own slot had to be taken
+            self.engine.fork(donor, slot, n_shared)
+            sequence.n_evaluated = n_shared
+        self._follow(row)
+        self.rows.append(row)
+
+    def _find_kept(self, tokens: list[int]) -> tuple[int, int]:
+        """Slot of the kept prompt that begins most alike, and how many tokens that is; it is the last used from now
+        on. -1 where none is worth a fork."""
+        lengths = {slot: min(_common(kept, tokens), len(tokens) - 1) for slot, kept in self._kept.items()}
+        slot = max(lengths, key=lengths.__getitem__, default=-1)
+        if slot < 0 or lengths[slot] < _SHORTEST_SHARED:
+            return -1, 0
+        self._kept[slot] = self._kept.pop(slot)
+        return slot, lengths[slot]
+
+    def _follow(self, row: Resident) -> None:
+        """Let the row wait for a running one that has, or will have, evaluated more of its prompt."""
         sequence = row.sequence
         most = len(sequence.tokens) - 1
-        if self._donor:
-            slot, tokens = self._donor
-            n_shared = min(_common(tokens, sequence.tokens), most)
-            if n_shared >= _SHORTEST_SHARED and self.engine.can_rewind:
-                self.engine.fork(slot, sequence.slot, n_shared)
-                sequence.n_evaluated = n_shared
         for other in self.rows:
             if other.probe is None:
                 n_shared = min(_common(other.sequence.tokens, sequence.tokens), other.sequence.n_prompt - 1, most)
@@ -132,23 +155,32 @@ class Schedule:
         sequence.slot = -1
         is_donor = row.probe is None and self.engine.can_rewind and sequence.n_evaluated >= sequence.n_prompt
         if is_donor and not self.is_tight:
-            self.drop_donor()
             # Thinking is not sent back, so behind it nothing of the reply will be met again at its place.
             has_reply = row.request.is_continued and not sequence.n_blocks
             n_kept = sequence.n_evaluated if has_reply else sequence.n_prompt
             self.engine.rewind(slot, n_kept)
-            self._donor = (slot, sequence.tokens[:n_kept])
+            self._keep(slot, sequence.tokens[:n_kept])
         else:
-            self.engine.rewind(slot, 0)
-            self._free.append(slot)
+            self._free_slot(slot)
         sequence.n_evaluated = 0
+
+    def _keep(self, slot: int, tokens: list[int]) -> None:
+        """Keep a slot's tokens in the place of what they begin with, or of what was used longest ago."""
+        for other, kept in list(self._kept.items()):
+            if kept == tokens[: len(kept)]:
+                del self._kept[other]
+                self._free_slot(other)
+        if len(self._kept) == _MOST_KEPT:
+            self.drop_kept()
+        self._kept[slot] = tokens
 
     def release(self) -> None:
         """Free everything."""
         self.is_tight = True
         for row in list(self.rows):
             self.leave(row)
-        self.drop_donor()
+        while self._kept:
+            self.drop_kept()
 
     def next_flight(self) -> Flight | None:
         """What fits into a batch of what is pending: decoding rows first, then prompts, in order of admission.

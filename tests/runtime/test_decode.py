@@ -1,5 +1,7 @@
 """The loop: what joins the context, in what order, what the engine is asked to evaluate, and how things end."""
 
+from itertools import pairwise
+
 import pytest
 
 from localreason.runtime.controls.control import Control, Force, Probe, Rewrite, Setup, Stop
@@ -84,6 +86,40 @@ def test_the_next_question_shares_the_prefix_of_the_one_before():
     assert ("fork", 0, 1, len("the same long examples: ")) in [(c[0], 0, 1, c[-1]) for c in engine.calls]
     assert [r.sequence.answer for r in requests] == ["1", "2"]
     assert not any(engine.held)
+
+
+def evaluated_in_turn(prompts, **options):
+    """Tokens that the engine evaluates for each of the prompts, one after the other, with replies of one token."""
+    tokenizer, engine = make(dict.fromkeys(prompts, "!"), **options)
+    counts = []
+
+    def requests():
+        for prompt in [*prompts, None]:
+            counts.append(sum(len(span.tokens) for batch in engine.batches for span in batch))
+            if prompt is not None:
+                yield request(tokenizer, prompt)
+
+    ends = finish_of(decode(engine, tokenizer, requests(), n_parallel=1))
+    assert ends == [(prompt, "end") for prompt in prompts]
+    assert not any(engine.held)
+    return [after - before for before, after in pairwise(counts)]
+
+
+@pytest.mark.parametrize("n_sequences", [3, 8])
+def test_prefixes_that_take_turns_are_evaluated_once(n_sequences):
+    prompts = [name * 40 + str(turn) for turn in range(4) for name in "AB"]
+    assert evaluated_in_turn(prompts, n_sequences=n_sequences) == [42, 42] + 6 * [2]
+
+
+def test_of_the_kept_prompts_the_one_used_longest_ago_is_given_up_first():
+    in_turn = [name * 40 + str(turn) for turn, name in enumerate("ABACBA")]
+    assert evaluated_in_turn(in_turn, n_sequences=3) == [42, 42, 2, 42, 42, 2], "no slot is left for B"
+    assert evaluated_in_turn(in_turn, n_context=120) == [42, 42, 2, 42, 42, 2], "no cell is left for B"
+
+
+def test_samples_of_one_prompt_are_kept_once():
+    prompts = ["A" * 40 + "0", *["B" * 40] * 8, "A" * 40 + "1"]
+    assert evaluated_in_turn(prompts)[-1] == 2
 
 
 @pytest.mark.parametrize(
