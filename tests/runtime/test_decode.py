@@ -138,6 +138,16 @@ def test_a_reply_that_is_continued_is_kept_with_its_prompt_unless_it_has_thinkin
     assert not any(engine.held)
 
 
+def test_prompts_take_a_part_of_the_batches_that_replies_wait_for():
+    tokenizer, engine = make({"A": "1" * 20, "x" * 400: "2", "y" * 200: "3"}, n_batch=128)
+    requests = [request(tokenizer, prompt) for prompt in ("A", "x" * 400, "y" * 200)]
+    list(decode(engine, tokenizer, requests))
+    sizes = [sorted(len(span.tokens) for span in batch) for batch in engine.batches]
+    beside = [size for size in sizes if size[0] == 1]
+    assert all(sum(n for n in size if n > 1) <= 32 for size in beside)
+    assert sum(sum(size) for size in beside) > 600, "prompts are evaluated beside the reply"
+
+
 def test_closing_the_generator_in_a_long_prefill_frees_the_engine_at_once():
     tokenizer, engine = make({"x" * 1000: "y"}, n_batch=16)
     generator = decode(engine, tokenizer, [request(tokenizer, "x" * 1000)])
