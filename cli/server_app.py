@@ -24,6 +24,8 @@ from .server_reply import DONE, PAUSE, Reply, encode_event, error_body
 from .server_runner import Runner
 from .server_schema import Limits, Wanted, parse_chat, parse_completion
 
+_N_DROPPED_BYTES = 1 << 20
+"""Read beyond the limit and dropped: a client that is still writing when its connection is closed sees no reason."""
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -99,18 +101,20 @@ class _Server:
         too_large = Refused(f"the body has more than {most} bytes; send less", status=413, code="body_too_large")
         too_large.headers["Connection"] = "close"
         announced = request.headers.get("content-length", "0")
-        if announced.isascii() and announced.isdigit() and int(announced[:32]) > most:
+        if announced.isascii() and announced.isdigit() and int(announced[:32]) > most + _N_DROPPED_BYTES:
             raise too_large
         try:
             async with asyncio.timeout(self._access.body_seconds):
                 async for part in request.stream():
                     data += part
-                    if len(data) > most:
+                    if len(data) > most + _N_DROPPED_BYTES:
                         raise too_large
         except TimeoutError as error:
             raise Refused(f"the body took longer than {self._access.body_seconds:.0f} s", status=408) from error
         except ClientDisconnect as error:
             raise Refused("the client went away within the body") from error
+        if len(data) > most:
+            raise too_large
         return parse_json(bytes(data))
 
     async def models(self, request: Request) -> Response:

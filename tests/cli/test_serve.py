@@ -462,6 +462,22 @@ def test_a_body_that_is_too_large_is_refused_announced_or_in_chunks():
             assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
 
+@pytest.mark.parametrize(("n_announced", "n_sent"), [(1_000_000, 1_000_000), (1 << 30, 0)])
+def test_a_client_that_writes_its_whole_body_first_learns_that_it_is_too_large(n_announced: int, n_sent: int):
+    """As far as what is too much is read; what is far too much is refused once it is announced."""
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with (
+        serving(scripted_model(), access=Access(n_body_bytes=1000)) as running,
+        running.http() as http,
+        socket.create_connection(("127.0.0.1", running.port), DEADLINE_SECONDS) as connection,
+    ):
+        connection.sendall(f"{head}Content-Length: {n_announced}\r\n\r\n".encode())
+        assert http.get("/health").status_code == 200  # by now the header has been read
+        for _ in range(n_sent // 1000):
+            connection.sendall(b" " * 1000)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_web_page_gets_nothing():
     with serving(scripted_model(), access=Access(hosts=("localhost", "127.0.0.1"))) as running, running.http() as http:
         page = {"Origin": "https://evil.example"}
