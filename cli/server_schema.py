@@ -246,7 +246,9 @@ def _turn(message: Any, where: str) -> Message:
         raise Refused(f"{where} has no role of {', '.join(_ROLES)}; tools are not supported", where)
     if message.get("tool_calls") or message.get("function_call"):
         raise Refused(f"{where} calls a tool; tools are not supported", where, code="unsupported_parameter")
-    content = _text(message.get("content"))
+    content = message.get("content")
+    # What a reply of thinking alone is in some clients' histories.
+    content = "" if content is None and role == "assistant" else _text(content)
     if content is None:
         raise Refused(f"{where}.content is neither a text nor a list of parts of the type text", where)
     return Message(_ROLES[role], content)

@@ -92,6 +92,13 @@ def test_parts_of_text_are_joined_and_pictures_refused():
         parse_chat({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, LIMITS)
 
 
+def test_a_reply_without_content_is_an_empty_turn():
+    turns = [USER, {"role": "assistant", "content": None}, USER]
+    assert [turn.content for turn in parse_chat({"messages": turns}, LIMITS).turns] == ["hello", "", "hello"]
+    with pytest.raises(Refused, match=r"messages\[0\]"):
+        parse_chat({"messages": [{"role": "user", "content": None}]}, LIMITS)
+
+
 def test_token_ids_out_of_the_vocabulary_are_refused():
     limits = Limits(Recipe(), 10, 10, n_vocab=5)
     assert parse_completion({"prompt": [1, 4]}, limits).prompt == (1, 4)
