@@ -215,10 +215,6 @@ class Job:
         return [sample.sequence for choice in self.choices for sample in choice.samples]
 
     @property
-    def n_prompt(self) -> int:
-        return self.choices[0].samples[0].sequence.n_prompt
-
-    @property
     def is_done(self) -> bool:
         return all(choice.is_done for choice in self.choices)
 

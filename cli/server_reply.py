@@ -142,14 +142,18 @@ class Reply:
         return {**self._head(kind), "choices": choices, **usage, **(more or {})}
 
     def _usage(self) -> dict[str, Any]:
-        """Prompt tokens once, and of each choice the tokens of the sample that is shown, those of controls included."""
-        outcomes, n_prompt = self.outcomes.values(), self._job.n_prompt
+        """Prompt tokens once, and of each choice the tokens of the sample that is shown, those of controls included.
+
+        How much of the prompt was in the cache can turn a near tie: a seed gives the same reply where that is equal.
+        """
+        outcomes, first = self.outcomes.values(), self._job.sequences[0]
         n_reply = sum(outcome.n_reply for outcome in outcomes)
         n_thinking = sum(min(outcome.counts.thinking, outcome.n_reply) for outcome in outcomes)
         return {
-            "prompt_tokens": n_prompt,
+            "prompt_tokens": first.n_prompt,
             "completion_tokens": n_reply,
-            "total_tokens": n_prompt + n_reply,
+            "total_tokens": first.n_prompt + n_reply,
+            "prompt_tokens_details": {"cached_tokens": first.n_reused},
             "completion_tokens_details": {"reasoning_tokens": n_thinking},
         }
 
@@ -183,5 +187,7 @@ _OPEN: Mapping[str, Any] = {"logprobs": None, "finish_reason": None}
 
 
 def _finish_reason(outcome: Outcome) -> str:
-    """OpenAI's word; what ended early by any other cause is `length`, for typed clients know no other word."""
+    """OpenAI's word. A reply that was cancelled, by a client or a shutdown, ends with `length` as one that met a limit
+    does: typed clients know no other word but `stop`, which would say that it is whole. The cause itself stands in the
+    report's `stop`."""
     return "stop" if outcome.stop in ("end", "stop") else "length"

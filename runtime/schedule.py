@@ -110,6 +110,7 @@ class Schedule:
         if donor in self._kept:  # not where its own slot had to be taken
             self.engine.fork(donor, slot, n_shared)
             sequence.n_evaluated = n_shared
+            sequence.n_reused = min(n_shared, sequence.n_prompt)
         self._follow(row)
         self.rows.append(row)
 
@@ -146,6 +147,7 @@ class Schedule:
             self.engine.rewind(row.sequence.slot, 0)
             self.engine.fork(leader.sequence.slot, row.sequence.slot, row.n_shared)
             row.sequence.n_evaluated = row.n_shared
+            row.sequence.n_reused = min(row.n_shared, row.sequence.n_prompt)
         return True
 
     def leave(self, row: Resident) -> None:

@@ -57,6 +57,8 @@ class Sequence:
     origins: list[Origin] = field(default_factory=list)
     slot: int = -1
     n_evaluated: int = 0
+    n_reused: int = 0
+    """Tokens of the prompt that another sequence had evaluated when this one entered the engine."""
     forced: deque[tuple[int, Origin]] = field(default_factory=deque)
 
     phase: Phase = Phase.PROMPT

@@ -380,9 +380,11 @@ def test_a_second_turn_shares_the_prompt_of_the_first(scripted: Running):
     assert reply.choices[0].message.content == "You said more!"
     engine = scripted.runner.model.engine
     assert isinstance(engine, GatedEngine)
-    assert [call for call in engine.calls if call[0] == "fork"][-1][3] >= len(
-        "user: a long enough question\nassistant:"
-    )
+    n_shared = [call for call in engine.calls if call[0] == "fork"][-1][3]
+    assert n_shared >= len("user: a long enough question\nassistant:")
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens_details is not None
+    assert reply.usage.prompt_tokens_details.cached_tokens == n_shared
 
 
 def test_a_prompt_that_is_too_long_is_told(tiny: Running):
