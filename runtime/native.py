@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from .errors import EngineError, LocalReasonError, ModelBroken, ModelUnsupported, OutOfMemory
@@ -25,6 +26,8 @@ _WARN, _ERROR, _CONTINUED = 3, 4, 5
 _NO_VOCABULARY, _SENTENCEPIECE = 0, 1
 _MARK_ATTRIBUTES = 1 << 3 | 1 << 4
 """llama.cpp's CONTROL and USER_DEFINED."""
+_N_SPINS = 1000
+"""Looks of a thread at a barrier before it sleeps."""
 _messages: deque[str] = deque(maxlen=20)
 _kept: list[Any] = []
 """What llama.cpp holds pointers to."""
@@ -33,6 +36,7 @@ _kept: list[Any] = []
 @cache
 def library() -> ModuleType:
     """llama_cpp, imported at first use; its log is silent, the last warnings and errors are kept."""
+    _share_processors()
     import llama_cpp
 
     level_before = 0
@@ -48,6 +52,18 @@ def library() -> ModuleType:
     llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp
+
+
+def _share_processors() -> None:
+    """Have OpenMP's threads wait asleep where they take every processor, unless the user has chosen otherwise.
+
+    By default one that waits at a barrier looks for milliseconds, on the processor that the other thread, put off by
+    another program, would need: decoding beside one busy program was 1.4 times as fast with this, beside several 30
+    times, and alone a few per cent slower. Where processors are to spare (two for each core), nothing waits for one.
+    """
+    has_spare = (psutil.cpu_count() or 1) > (psutil.cpu_count(logical=False) or 1)
+    if not has_spare and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_N_SPINS))
 
 
 @cache

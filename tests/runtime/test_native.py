@@ -225,3 +225,30 @@ def test_rows_are_read_as_gguf_reads_them(name):
 def test_rows_of_a_type_without_a_reader_are_refused():
     with pytest.raises(ModelUnsupported, match="i32"):
         native.dequantize(np.zeros((1, 4), np.uint8), GGMLQuantizationType.I32, 1)
+
+
+@pytest.mark.parametrize(
+    ("n_logical", "environment", "expected"),
+    [(4, {}, "1000"), (8, {}, None), (4, {"GOMP_SPINCOUNT": "77"}, "77"), (4, {"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_threads_wait_asleep_where_they_take_every_processor(n_logical, environment, expected):
+    """What the library itself says that it took from the environment; 4 cores are played."""
+    script = f"""
+import psutil
+psutil.cpu_count = lambda logical=True: {n_logical} if logical else 4
+from localreason.runtime.native import library
+library()
+"""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**inherited, **environment, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("llama.cpp was built without GNU's OpenMP")
+    found = next(line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line)
+    assert found == expected if expected else int(found) > 1000
