@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -134,7 +135,9 @@ def peer(program, path, n_clients, n_context, n_threads):
         port = listener.getsockname()[1]
     command = [program, "-m", path, "--host", "127.0.0.1", "--port", port, "-c", n_context, "-np", n_clients]
     command += ["-t", n_threads] if n_threads else []
-    with tempfile.TemporaryFile() as log, subprocess.Popen(map(str, command), stdout=log, stderr=log) as process:
+    words = list(map(str, command))
+    own = {name: value for name, value in os.environ.items() if "OMP_" not in name}  # ours is not theirs
+    with tempfile.TemporaryFile() as log, subprocess.Popen(words, stdout=log, stderr=log, env=own) as process:
         try:
             deadline = time.monotonic() + 120
             while True:
