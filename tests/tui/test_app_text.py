@@ -55,6 +55,22 @@ def test_a_long_paste_stands_as_one_line_and_is_sent_in_full(tmp_path):
     play(tmp_path, scene)
 
 
+def test_a_folded_part_is_deleted_as_a_whole(tmp_path):
+    async def scene(stage):
+        composer = stage.chat.composer
+        for keys in (["backspace"], ["left", "left", "backspace"], ["home", "delete"], ["home", "right", "delete"]):
+            await stage.type("\n".join("row" for _ in range(30)))
+            assert len(composer.folded) == 1
+            await stage.press(*keys)
+            assert composer.text == ""
+            assert composer.folded == ()
+        await stage.type("ab")
+        await stage.press("backspace")
+        assert composer.text == "a"
+
+    play(tmp_path, scene)
+
+
 def test_a_paste_that_does_not_fit_is_metered_and_refused_and_stays(tmp_path):
     pasted = "word " * 4000
 

@@ -86,6 +86,27 @@ class Composer(TextArea):
             event.prevent_default()
             self.fold("paste", str(len(self._folded) + 1), event.text)
 
+    def action_delete_left(self) -> None:
+        """A folded part goes as a whole: half of its line would be sent as it stands."""
+        if not self._delete_folded(at_end=True):
+            super().action_delete_left()
+
+    def action_delete_right(self) -> None:
+        if not self._delete_folded(at_end=False):
+            super().action_delete_right()
+
+    def _delete_folded(self, at_end: bool) -> bool:
+        """Delete the folded part that the cursor is in, or stands at the end or the beginning of."""
+        row, column = self.cursor_location
+        line = self.document.get_line(row)
+        for label in self._folded if self.selection.is_empty else ():
+            start = line.find(label)
+            end = start + len(label)
+            if start >= 0 and (start < column <= end if at_end else start <= column < end):
+                self.delete((row, start), (row, end))
+                return True
+        return False
+
     def _send(self) -> None:
         text = self.expanded().strip()
         if text:
