@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from localreason.cli.benchmark.report import as_markdown
+
 FOLDER = Path(__file__).parent
 
 
@@ -143,11 +145,22 @@ def serve_rows(record):
         yield f"| {r['clients']} | {r['served_ratio']:.3f} | {runs} | {theirs} | {times} |"
 
 
+def speed_lines(record, name):
+    command = f"localreason bench -m {record['model']} --tokens {record['n_tokens']} --runs {record['n_runs']}"
+    yield from (f"## Speed: {record['model']}", "", f"`{command} -o {name}.json`", "")
+    for line in as_markdown(record).splitlines()[2:]:
+        yield f"#{line}" if line.startswith("#") else line
+    yield ""
+
+
 def main():
     files = sorted(FOLDER.glob("results/*.json"))
     records = {path.stem: json.loads(path.read_text()) for path in files}
     lines = ["# Results", "", "Written by `python bench/tables.py` from `bench/results/`; how: METHOD.md.", ""]
     lines += ["## The loop", "", *decode_rows([r for name, r in records.items() if name.startswith("decode-")]), ""]
+    for name, record in records.items():
+        if name.startswith("speed-"):
+            lines += speed_lines(record, name)
     for name, record in records.items():
         if name.startswith("controls-"):
             lines += [f"## Controls: {record['model']} on {record['problems']}", ""]

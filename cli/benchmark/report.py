@@ -27,7 +27,7 @@ def _what(row: dict[str, Any]) -> str:
     if "armed" in row:
         return str(row["armed"])
     if "sequences" in row:
-        return f"{row['sequences']} sequences"
+        return f"{row['sequences']} sequence{'s' * (row['sequences'] != 1)}"
     return f"{row['tokens']} tokens"
 
 
