@@ -130,13 +130,13 @@ def served(model, n_clients, n_tokens):
 
 @contextlib.contextmanager
 def peer(program, path, n_clients, n_context, n_threads):
-    """The port of llama.cpp's server over the model, without its answers' Markdown, prompts or slots kept on disk."""
+    """The port of llama.cpp's server over the model, with OpenMP's own settings, not ours."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [program, "-m", path, "--host", "127.0.0.1", "--port", port, "-c", n_context, "-np", n_clients]
     command += ["-t", n_threads] if n_threads else []
     words = list(map(str, command))
-    own = {name: value for name, value in os.environ.items() if "OMP_" not in name}  # ours is not theirs
+    own = {name: value for name, value in os.environ.items() if "OMP_" not in name}
     with tempfile.TemporaryFile() as log, subprocess.Popen(words, stdout=log, stderr=log, env=own) as process:
         try:
             deadline = time.monotonic() + 120

@@ -58,11 +58,9 @@ def _share_processors() -> None:
     """Have OpenMP's threads look 1000 times at a barrier before they sleep, where they take every processor, unless
     the user has chosen otherwise. Where processors are to spare (two for each core), its own choice is right.
 
-    By default they look 300000 times: milliseconds, on the processor that the other thread, put off by another
-    program, would need. Decoding beside one busy program is 1.4 times as fast with this, beside several 30 times, and
-    alone a few per cent slower. Decoding on a thread of its own, as a server does while the main thread that loaded
-    the model keeps its team, makes OpenMP count more threads than processors and look 100 times only: two thirds of
-    the speed. "active" raises that to 1000 too.
+    By default they look for milliseconds, on the processor that the other thread, put off by another program, would
+    need. And a thread of its own that decodes, while the main thread that loaded the model keeps its team, makes OpenMP
+    count more threads than processors and sleep at nearly every barrier; "active" has it look as often then too.
     """
     has_spare = (psutil.cpu_count() or 1) > (psutil.cpu_count(logical=False) or 1)
     if not has_spare and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
