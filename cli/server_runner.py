@@ -97,8 +97,14 @@ class Runner:
                 self.jobs[id] = job
                 for choice in choices:
                     self._owners[f"{id}/{choice.index}"] = (job, choice)
-                for i, request in enumerate(request for choice in choices for request in choice.requests):
-                    insort(self._waiting, (self._n_submitted + i * (self.n_parallel + 1), request), key=_turn)
+                turn = self._n_submitted
+                for choice in choices:
+                    n_left = 0  # those that begin together have one turn
+                    for request in choice.requests:
+                        n_left = n_left or request.n_together
+                        insort(self._waiting, (turn, request), key=_turn)
+                        n_left -= 1
+                        turn += 0 if n_left else self.n_parallel + 1
                 self._n_submitted += 1
                 self._changed.notify()
             return job

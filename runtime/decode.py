@@ -57,6 +57,7 @@ class _Loop:
         self.requests: Iterator[Request] = requests
         self.n_parallel = n_parallel
         self.schedule = Schedule(engine)
+        self._next: Request | None = None
         self._flights: deque[Flight] = deque()
         self._evicted: deque[Resident] = deque()
         self._ended: list[tuple[Resident, str]] = []
@@ -65,16 +66,28 @@ class _Loop:
 
     def admit(self) -> Iterator[Event]:
         """Take evicted rows back and new requests in while there is room."""
-        while sum(row.probe is None for row in self.schedule.rows) < self.n_parallel and self.schedule.has_room:
+        while n_room := min(self.n_parallel - self._n_running, self.schedule.n_room):
             if self._evicted:
                 if self.schedule.is_tight and self.schedule.rows:
                     return
                 row = self._evicted.popleft()
                 yield from self._start(row, is_new=False)
-            elif (request := next(self.requests, None)) is not None:
+            elif (request := self._take(n_room)) is not None:
                 yield from self._start(_enter(request), is_new=True)
             else:
                 return
+
+    @property
+    def _n_running(self) -> int:
+        return sum(row.probe is None for row in self.schedule.rows)
+
+    def _take(self, n_room: int) -> Request | None:
+        """The next request, once there is room for all that begin with it, or as much as there can be."""
+        self._next = self._next or next(self.requests, None)
+        if self._next is None or (self._n_running and n_room < self._next.n_together):
+            return None
+        request, self._next = self._next, None
+        return request
 
     def _start(self, row: Resident, is_new: bool) -> Iterator[Event]:
         sequence = row.sequence

@@ -217,6 +217,8 @@ class Model:
             if isinstance(search, FirstFinishSearch):
                 search.join(sequence)
             requests.append(Request(sequence, PhaseTracker(format, prompt.tail), _sampler(recipe, sample), controls))
+        if isinstance(search, FirstFinishSearch) and search.parameters.is_race:
+            requests[0].n_together = len(requests)
         return requests
 
 

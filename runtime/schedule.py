@@ -28,6 +28,8 @@ class Request:
     controls: list[Control] = field(default_factory=list)
     is_continued: bool = False
     """True where the next prompt is likely to go on behind this reply, as a conversation's next turn does."""
+    n_together: int = 1
+    """This request and those behind it that have to begin in the same step; it waits until there is room for all."""
 
 
 @dataclass(slots=True, eq=False)
@@ -75,9 +77,9 @@ class Schedule:
         """Ended prompts by slot, perhaps with their replies, the one used longest ago first: others begin alike."""
 
     @property
-    def has_room(self) -> bool:
-        """True where a slot is free or can be freed."""
-        return bool(self._free or self._kept)
+    def n_room(self) -> int:
+        """Slots that are free or can be freed."""
+        return len(self._free) + len(self._kept)
 
     @property
     def has_kept(self) -> bool:

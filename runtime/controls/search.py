@@ -33,6 +33,11 @@ class SearchParameters(Parameters):
         if self.rule == "short" and self.m > self.n:
             raise ControlError(f"search: m is {self.m}, above the n of {self.n} samples; lower m or raise n")
 
+    @property
+    def is_race(self) -> bool:
+        """True where who ends first matters, so that all samples have to begin together."""
+        return self.rule != "majority"
+
 
 class FirstFinishSearch(Control):
     name = "search"

@@ -331,6 +331,21 @@ def test_a_request_of_many_replies_lets_others_in_between(gate: Gate):
     assert sorted((first, many, one, other), key=lambda job: job.ended or 0) == [first, one, other, many]
 
 
+@pytest.mark.parametrize(("rule", "is_race"), [("first", True), ("short", True), ("majority", False)])
+def test_samples_that_race_stay_together_in_the_queue(gate: Gate, rule: str, is_race: bool):
+    search = {"localreason": {"search": {"rule": rule, "n": 3, "m": 2}}}
+
+    async def run() -> list[str]:
+        with scripted_model(gate) as model:
+            runner = Runner(model, n_parallel=3, n_queue=64)
+            race, one = [await runner.submit(parse_chat({"messages": ASKED, **more}, LIMITS)) for more in (search, {})]
+            names = {race.id: "race", one.id: "one"}
+            return [names[request.sequence.id.split("/")[0]] for _, request in runner._waiting]
+
+    wanted = ["race", "race", "race", "one"] if is_race else ["race", "one", "race", "race"]
+    assert asyncio.run(run()) == wanted
+
+
 def test_a_reader_that_does_not_read_holds_up_nobody_and_is_given_up():
     """Both places of the batch go to readers of long replies that never read a byte."""
     turns = [{"role": "user", "content": "x" * 300}]

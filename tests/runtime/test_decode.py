@@ -67,6 +67,25 @@ def test_sequences_start_and_end_independently_and_requests_are_taken_as_there_i
     assert finish_of(events)[0] == ("A", "end")
 
 
+def test_requests_that_race_begin_in_one_step_once_there_is_room_for_all():
+    tokenizer, engine = make({"A": "1", "B": "12345", "C": "123", "D": "12", "E": "1"}, n_sequences=3)
+    requests = [request(tokenizer, name) for name in "ABCDE"]
+    requests[2].n_together = 2
+    first = {}
+    for event in decode(engine, tokenizer, requests):
+        if isinstance(event, Token):
+            first.setdefault(event.sequence.id, len(engine.batches))
+    assert len(first) == 5
+    assert first["A"] == first["B"] < first["C"] == first["D"], "the third slot waits for the one that A leaves"
+
+
+def test_more_that_race_than_there_is_room_for_begin_one_after_the_other():
+    tokenizer, engine = make({"A": "1", "B": "12"}, n_sequences=1)
+    requests = [request(tokenizer, name) for name in "AB"]
+    requests[0].n_together = 2
+    assert finish_of(decode(engine, tokenizer, requests)) == [("A", "end"), ("B", "end")]
+
+
 def test_a_prompt_of_many_samples_is_evaluated_once_and_forked():
     prompt = "a prompt that many samples share"
     tokenizer, engine = make({prompt: "xyz"})
