@@ -117,17 +117,19 @@ class Chat(Menus):
         return self.focused if isinstance(self.focused, Turn) else None
 
     async def action_again(self) -> None:
-        turn = self.transcript.last_reply
-        if turn is not None and self.is_ready():
-            with self.told():
-                await self.follow(self.dialogue.regenerate(turn.message))
+        await self._reply_again(self.transcript.last_reply)
 
     async def action_regenerate(self) -> None:
-        turn = self._chosen
-        if isinstance(turn, ReplyTurn) and self.is_ready():
+        await self._reply_again(self._chosen)
+        self.composer.focus()
+
+    async def _reply_again(self, turn: Turn | None) -> None:
+        """Another version of a reply, if the context holds its question."""
+        if not isinstance(turn, ReplyTurn) or not self.is_ready():
+            return
+        if self.has_room(self.dialogue.turns_before(turn.message)):
             with self.told():
                 await self.follow(self.dialogue.regenerate(turn.message))
-                self.composer.focus()
 
     def action_edit(self) -> None:
         """Write a message anew; the old one and all that follows it stay as another branch."""

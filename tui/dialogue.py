@@ -69,6 +69,11 @@ class Dialogue:
         parent = self._parent(edited) if edited is not None else path[-1] if path else None
         return conversation.put(Message(0, parent.id if parent else None, "user", text)).turns()
 
+    def turns_before(self, reply: Message) -> list[Turn]:
+        """What the model is asked for another version of this reply."""
+        assert self.conversation is not None
+        return self.conversation.turns(self._parent(reply))
+
     def send(self, text: str) -> Run:
         """Store a message of the user at the end and start the reply. There is a model and nothing runs."""
         conversation = self.conversation or self.history.create(self.model)

@@ -9,6 +9,7 @@ from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Footer, Static
 
+from ..runtime import template
 from ..runtime.errors import LocalReasonError
 from .backend import Backend
 from .conversation import Message
@@ -124,7 +125,7 @@ class ChatScreen(Screen[None]):
         self._refuse("")
         draft = self.composer.expanded() if self.composer.folded else ""
         if draft:
-            self._has_room(draft)
+            self.has_room(self.dialogue.turns(draft, self.edited))
         elif turns := self.dialogue.turns():
             with self.told():
                 context = self.dialogue.streamer.measure(turns, self.dialogue.recipe)
@@ -133,11 +134,10 @@ class ChatScreen(Screen[None]):
         else:
             self.instruments.show_context(0, 0)
 
-    def _has_room(self, draft: str) -> bool:
-        """Whether the context holds the conversation with this message; if not, the reason stands beside it."""
+    def has_room(self, turns: list[template.Message]) -> bool:
+        """Whether the context holds what is to be asked; if not, the reason stands above the composer."""
         assert self.dialogue.streamer is not None
         with self.told():
-            turns = self.dialogue.turns(draft, self.edited)
             context = self.dialogue.streamer.measure(turns, self.dialogue.recipe)
             self.instruments.show_context(context.n_used, context.n_limit)
             self._refuse(context.refusal)
@@ -177,7 +177,7 @@ class ChatScreen(Screen[None]):
 
     @on(Composer.Sent)
     async def send(self, event: Composer.Sent) -> None:
-        if not self.is_ready() or not self._has_room(event.text):
+        if not self.is_ready() or not self.has_room(self.dialogue.turns(event.text, self.edited)):
             return
         with self.told():
             run = self.dialogue.edit(self.edited, event.text) if self.edited else self.dialogue.send(event.text)

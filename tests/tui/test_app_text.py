@@ -112,6 +112,21 @@ def test_a_typed_message_without_room_is_refused_until_it_changes(tmp_path):
     play(tmp_path, scene)
 
 
+def test_another_reply_without_room_is_refused_and_none_is_stored(tmp_path):
+    async def scene(stage):
+        await stage.talk()
+        stage.script.n_prompt = 4096
+        await stage.press("ctrl+r")
+        await stage.until(lambda: "has 4096 tokens and the context holds" in stage.text)
+        assert len(stage.script.started) == len(stage.chat.transcript.turns) - 1 == 1
+        stage.script.n_prompt = 400
+        await stage.press("ctrl+r")
+        await stage.until(lambda: len(stage.script.started) == 2)
+        assert not stage.chat.query_one("#refusal").display
+
+    play(tmp_path, scene)
+
+
 def test_what_is_written_while_the_model_answers_stays(tmp_path):
     async def scene(stage):
         await stage.ask("one")
