@@ -5,13 +5,13 @@
     localreason eval gsm8k -p parallel --trace -m MODEL.gguf -o vote
     python bench/derive.py vote/parallel.jsonl ffs=safe+search:n=4 short2=safe+search:n=4,rule=short,m=2
 
-Two cases. A configuration without a search gets the rows of SOURCE in which no limit was reached and nothing was
-closed or forced, if its own budget is not reached either: with the same seeds it would sample the same tokens. The
-others are left to `localreason eval` with the same folder, which goes on behind them. A search gets every row: the
-samples that SOURCE recorded are decoded again by `runtime/decode.py`, with what was sampled then in the place of a
-model, under the other rule; as short-m@k and first-finish search are evaluated in their papers. SOURCE's own rule is
-replayed too and has to come to the recorded reply. A row that would need more of a sample than was recorded, since it
-was stopped then, is left to `localreason eval` too. Seconds are those of SOURCE, and mean nothing for a search.
+Two cases. A configuration without a search gets the rows of SOURCE in which no limit was reached, if its own budget is
+not reached either, and nothing was closed for the model if it has none: with the same seeds it would sample the same
+tokens. The others are left to `localreason eval` with the same folder, which goes on behind them. A search gets every
+row: the samples that SOURCE recorded are decoded again by `runtime/decode.py`, with what was sampled then in the place
+of a model, under the other rule; as short-m@k and first-finish search are evaluated in their papers. SOURCE's own rule
+is replayed too and has to come to the recorded reply. A row that would need more of a sample than was recorded, since
+it was stopped then, is left to `localreason eval` too. Seconds are those of SOURCE, and mean nothing for a search.
 """
 
 import argparse
@@ -155,10 +155,12 @@ def derive_search(row: Row, one: Configuration, source: Recipe, judge: Judge, en
 
 
 def derive_untouched(row: Row, one: Configuration) -> Row | None:
-    """The row where neither the controls that ran nor the configuration's own had anything to do."""
-    did, wanted = row.counters.get("budget", {}), one.recipe.get("budget")
+    """The row where the budget that ran and the configuration's own, if it has one, do the same, or nothing."""
+    did, wanted = row.counters.get("budget"), one.recipe.get("budget")
     others = {*row.counters, *(parameters.control for parameters in one.recipe.controls)} - {"budget"}
-    if others or row.stop != "end" or row.is_unclosed or any(did.values()):
+    if others or row.stop != "end" or row.is_unclosed or did is None or did["cuts"] or did["ignored"]:
+        return None
+    if wanted is None and did["closed_at_end"]:
         return None
     if wanted is not None:
         limit = min(wanted.max, wanted.total or wanted.max) - min(wanted.slack, wanted.max // 8)
