@@ -3,7 +3,7 @@
 Source: "s1: Simple test-time scaling" (arXiv 2501.19393), README rule: the remaining budget goes down over all rounds.
 Where we deviate: `Wait` starts a line of its own when the text before it does not end in white space; a cut waits
 for a whole character and prefers a line end shortly before the limit; a repeated 64-gram may count as the limit; an
-end of generation inside the block closes the block instead of losing the answer.
+end of generation inside the block closes the block and leads to the answer instead of losing it.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ class BudgetParameters(Parameters):
     min: int = parameter(0, "thinking tokens below which the end of thinking is replaced by the wait text", 0)
     ignore: int = parameter(0, "how many times the end of thinking is replaced by the wait text", 0, 100)
     wait: str = parameter("Wait", "text that replaces an ignored end; empty to only drop the end")
-    lead: bool = parameter(True, "write the format's final-answer lead-in after a cut")
+    lead: bool = parameter(True, "write the format's final-answer lead-in behind a close that the model did not write")
     slack: int = parameter(32, "cut at a line end this many tokens before the limit", 0)
     repeat: int = parameter(0, "cut when this many tokens stand twice in a block; 0 never looks", 0)
 
@@ -119,13 +119,13 @@ class BudgetForcing(Control):
     def _cut(self, sequence: Sequence, reason: str) -> Iterable[Action]:
         self._is_cutting = True
         self.counters["cuts"] = int(self.counters["cuts"]) + 1
-        lead = self.setup.format.lead if self.parameters.lead else ""
         return (
-            Force(self._closing(sequence, lead), is_urgent=True),
+            Force(self._closing(sequence), is_urgent=True),
             Note(f"thinking cut after {sequence.counts.thinking} tokens: {reason}"),
         )
 
-    def _closing(self, sequence: Sequence, lead: str) -> tuple[int, ...]:
+    def _closing(self, sequence: Sequence) -> tuple[int, ...]:
+        lead = self.setup.format.lead if self.parameters.lead else ""
         return closing(self.setup.format, self.setup.tokenizer, lead, sequence.thinking)
 
     def _ended(self, sequence: Sequence) -> Iterable[Action]:
@@ -138,7 +138,7 @@ class BudgetForcing(Control):
         self.counters["closed_at_end"] = int(self.counters["closed_at_end"]) + 1
         return (
             Rewrite(position),
-            Force(self._closing(sequence, ""), is_urgent=True),
+            Force(self._closing(sequence), is_urgent=True),
             Note("the reply ended inside the thinking: block closed"),
         )
 

@@ -138,9 +138,10 @@ class TestBudget:
         assert one.thinking == "ab\nWaitcdef"
         assert counters(events, "budget")["ignored"] == 1
 
-    def test_an_end_of_generation_inside_the_block_is_dropped_and_the_block_closed(self):
-        [one], events, _ = run({"Q<think>": "ab", CLOSE: "7"}, ["budget"])
-        assert reply(one) == "ab" + "\n" + CLOSE.lstrip("\n") + "7"
+    @pytest.mark.parametrize(("control", "lead"), [("budget", LEAD), ("budget:lead=no", "")])
+    def test_an_end_of_generation_inside_the_block_is_dropped_and_the_answer_led_to(self, control, lead):
+        [one], events, _ = run({"Q<think>": "ab", lead or CLOSE: "7"}, [control])
+        assert reply(one) == "ab" + "\n" + CLOSE.lstrip("\n") + lead + "7"
         assert one.finish == "end"
         assert counters(events, "budget")["closed_at_end"] == 1
 
