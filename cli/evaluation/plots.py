@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _SIZE_INCHES = (7.2, 4.4)
 _N_BINS = 24
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = "osD^"
 
 
 def _accuracy(axes: "Axes", runs: Sequence[Run]) -> None:
@@ -26,10 +28,18 @@ def _accuracy(axes: "Axes", runs: Sequence[Run]) -> None:
             100 * y.mean,
             xerr=[[max(0.0, x.mean - x.low)], [max(0.0, x.high - x.mean)]],
             yerr=[[max(0.0, 100 * (y.mean - y.low))], [max(0.0, 100 * (y.high - y.mean))]],
-            fmt="o",
+            fmt=_MARKERS[i // 10 % len(_MARKERS)],
             capsize=3,
             color=f"C{i % 10}",
             label=run.name,
+        )
+        axes.annotate(
+            run.name,
+            (x.mean, 100 * y.mean),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize="small",
+            color=f"C{i % 10}",
         )
     front = [runs[i].summary for i in pareto([(run.summary.sampled.mean, run.summary.accuracy.mean) for run in runs])]
     axes.plot(
@@ -52,7 +62,7 @@ def _lengths(axes: "Axes", runs: Sequence[Run]) -> None:
     most = max(max(each, default=0) for each in lengths)
     bins = [most * i / _N_BINS for i in range(_N_BINS + 1)] if most else [0.0, 1.0]
     for i, (run, each) in enumerate(zip(runs, lengths, strict=True)):
-        axes.hist(each, bins=bins, histtype="step", linewidth=1.6, color=f"C{i % 10}", label=run.name)
+        axes.hist(each, bins=bins, histtype="step", linewidth=1.6, label=run.name, **_line(i))
     axes.set_xlabel("thinking tokens of the chosen sample")
     axes.set_ylabel("replies")
 
@@ -60,9 +70,14 @@ def _lengths(axes: "Axes", runs: Sequence[Run]) -> None:
 def _budgets(axes: "Axes", runs: Sequence[Run]) -> None:
     for i, run in enumerate(runs):
         budgets, share = at_budgets(run.rows)
-        axes.plot(budgets, 100 * share, color=f"C{i % 10}", label=run.name)
+        axes.plot(budgets, 100 * share, label=run.name, **_line(i))
     axes.set_xlabel("sampled tokens that a problem may take")
     axes.set_ylabel("right within them, %")
+
+
+def _line(i: int) -> dict[str, Any]:
+    """Ten colours, then the same with another line."""
+    return {"color": f"C{i % 10}", "linestyle": _LINES[i // 10 % len(_LINES)]}
 
 
 PLOTS: dict[str, tuple[str, Callable[["Axes", Sequence[Run]], None]]] = {

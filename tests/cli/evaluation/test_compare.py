@@ -138,3 +138,15 @@ def test_a_report_that_cannot_be_written_is_an_output_error(home: Path):
 def test_replies_of_an_evaluation_are_traces_to_measure_files_on(home: Path):
     [trace] = read_traces(Path(write(home / "safe.jsonl", [row()])).read_text(), "safe.jsonl")
     assert (trace.problem, trace.thinking, trace.text) == ("the problem p0", "so", "7")
+
+
+def test_twelve_configurations_look_different_from_each_other(home: Path):
+    assert compare(*(sample(home, f"c{i}", i % 7) for i in range(12)), "-o", "report") == ExitCode.OK
+    curves = re.findall(
+        r'<path d="[^"]*" clip-path="[^"]*" style="fill: none; (?:stroke-dasharray: ([\d.,]+); stroke-dashoffset: 0; )?'
+        r"stroke: (#\w+)",
+        Path("report/budget.svg").read_text(),
+    )
+    colours = [curve for curve in curves if curve[1] != "#b0b0b0"]
+    assert len(colours) >= 12
+    assert len(set(colours)) == 12
