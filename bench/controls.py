@@ -3,7 +3,8 @@
     localreason eval gsm8k --data gsm8k.jsonl --limit 100 -p safe -p fast -c budget:max=512 -m MODEL.gguf -o out
     python bench/controls.py out/safe.jsonl out/fast.jsonl --out bench/results/controls-gsm8k.json
 
-Only problems that every configuration ran are counted. The last line is JSON.
+A configuration counts up to the first problem of the task that it has not run, since the order in which problems end is
+no fair choice; its difference is to the same problems of the first configuration. The last line is JSON.
 """
 
 import argparse
@@ -19,8 +20,11 @@ from localreason.cli.evaluation.statistics import is_cut, n_sampled, pair, summa
 from localreason.cli.results import Row
 
 
-def condense(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, object]:
+def condense(rows: Sequence[Row], baseline: Sequence[Row], before: Sequence[Row]) -> dict[str, object]:
+    """`before` are the rows of earlier configurations: those that derive.py took from them have the same times."""
     found, to_first = summarise(rows), pair(baseline, rows)
+    times = {(row.key, row.seconds, row.wall_seconds) for row in before}
+    n_derived = sum((row.key, row.seconds, row.wall_seconds) in times for row in rows)
     budgets = [row.counters.get("budget", {}) for row in rows]
 
     def mean(values):
@@ -48,15 +52,17 @@ def condense(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, object]:
         "mean_hint_tokens": mean(row.tokens["hint"] for row in rows),
         "mean_probe_tokens": round(found.probe, 1),
         "mean_injected_tokens": round(found.injected, 1),
-        "seconds_per_problem": round(found.seconds, 2),
-        "tokens_per_second": round(found.tokens_per_second, 1),
+        "derived_rows": n_derived,
+        "seconds_per_problem": None if n_derived else round(found.seconds, 2),
+        "tokens_per_second": None if n_derived else round(found.tokens_per_second, 1),
     }
 
 
-def common_rows(runs: Sequence[Run]) -> dict[str, list[Row]]:
+def unbroken_rows(runs: Sequence[Run]) -> dict[str, list[Row]]:
     ran = {run.name: {row.key: row for row in run.rows if row.correct is not None} for run in runs}
-    keys = [key for key in ran[runs[0].name] if all(key in rows for rows in ran.values())]
-    return {name: [rows[key] for key in keys] for name, rows in ran.items()}
+    keys = sorted(ran[runs[0].name])
+    n = {name: next((i for i, key in enumerate(keys) if key not in rows), len(keys)) for name, rows in ran.items()}
+    return {name: [rows[key] for key in keys[: n[name]]] for name, rows in ran.items() if n[name]}
 
 
 def main() -> None:
@@ -65,8 +71,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     runs, _ = load(options.results)
-    rows = common_rows(runs)
+    rows = unbroken_rows(runs)
     header = runs[0].header
+    configurations, before = {}, []
+    for name, each in rows.items():
+        configurations[name] = condense(each, rows[runs[0].name], before)
+        before += each
     record = {
         **describe_command(),
         "model": f"{header['model']['name']}.gguf",
@@ -78,7 +88,7 @@ def main() -> None:
         "grader": header["grader"],
         "seeds": sorted({row.seed for row in rows[runs[0].name]}),
         "recipes": {run.name: run.header["recipe"] for run in runs},
-        "presets": {name: condense(each, rows[runs[0].name]) for name, each in rows.items()},
+        "configurations": configurations,
     }
     if options.out:
         options.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -17,20 +17,30 @@ def decode_rows(records):
 
 
 def control_rows(record):
-    yield "| preset | n | accuracy | thinking | answer | all sampled | probes | cut | no answer | s / problem |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    for name, r in record["presets"].items():
+    yield (
+        "| configuration | n | accuracy (95 %) | to the first (95 %) | p | thinking | right / wrong | answer "
+        "| all sampled | probes | hints and forced | cut | unclosed | no answer | derived |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for i, (name, r) in enumerate(record["configurations"].items()):
+        low, high = r["accuracy_interval"]
+        least, most = r["difference_interval"]
+        change = (f"{100 * r['difference']:+.1f} ({100 * least:+.1f} to {100 * most:+.1f})", f"{r['p']:.2g}")
         cells = [
             name,
             r["problems"],
-            f"{r['accuracy']:.1%}",
+            f"{r['accuracy']:.1%} ({low:.0%} to {high:.0%})",
+            *(change if i else ("", "")),
             r["mean_thinking_tokens"],
+            f"{r['mean_thinking_tokens_right']} / {r['mean_thinking_tokens_wrong']}",
             r["mean_answer_tokens"],
             r["mean_all_sampled_tokens"],
             r["mean_probe_tokens"],
-            f"{r['cut']:.0%}",
+            r["mean_injected_tokens"],
+            f"{r['cut_or_stopped']:.0%}",
+            f"{r['unclosed']:.0%}",
             f"{r['no_answer']:.0%}",
-            r["seconds_per_problem"],
+            r["derived_rows"],
         ]
         yield "| " + " | ".join(map(str, cells)) + " |"
 
