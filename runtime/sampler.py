@@ -45,8 +45,7 @@ def choose(row: Row, sampling: Sampling, uniform: float) -> int:
         raise DecodeFailed(f"the model gave a logit of {top}; its file is damaged or its precision overflows")
     if not np.float32(sampling.temperature) or sampling.top_k == 1:  # 1e-300 is 0 too
         return best
-    reach = _NEGLIGIBLE if sampling.min_p == 0 else min(_NEGLIGIBLE, -float(np.log(sampling.min_p)))
-    ids = np.flatnonzero(row >= top - reach * sampling.temperature)
+    ids = np.flatnonzero(row >= top - _NEGLIGIBLE * sampling.temperature)
     if 0 < sampling.top_k < len(ids):
         ids = ids[np.argpartition(row[ids], -sampling.top_k)[-sampling.top_k :]]
     weights = np.exp((row[ids] - top) / np.float32(sampling.temperature), dtype=np.float64)
@@ -57,7 +56,8 @@ def choose(row: Row, sampling: Sampling, uniform: float) -> int:
             ids, weights = ids[largest], weights[largest]
     order = np.lexsort((ids, -weights))
     sums = np.cumsum(weights[order])
-    n_kept = min(int(np.searchsorted(sums, wanted)) + 1, len(sums))
+    n_likely = int(np.count_nonzero(weights >= sampling.min_p))  # the best one's weight is 1
+    n_kept = min(int(np.searchsorted(sums, wanted)) + 1, n_likely)
     index = int(np.searchsorted(sums[:n_kept], uniform * sums[n_kept - 1], side="right"))
     return int(ids[order[min(index, n_kept - 1)]])
 

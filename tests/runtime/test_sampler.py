@@ -29,15 +29,28 @@ def reference(row, sampling):
     st.sampled_from([0.3, 0.6, 1.0]),
     st.sampled_from([0.5, 0.95, 1.0]),
     st.sampled_from([0, 1, 7]),
-    st.sampled_from([0.0, 0.05]),
+    st.sampled_from([0.0, 0.05, 0.4]),
 )
-def test_every_draw_is_a_token_that_the_definition_allows(seed, n, temperature, top_p, top_k, min_p):
+def test_every_draw_is_a_token_that_the_definition_allows_and_each_of_them_is_reached(
+    seed, n, temperature, top_p, top_k, min_p
+):
     random = np.random.default_rng(seed)
     row = random.normal(0, 3, n).astype(np.float32)
     sampling = Sampling(temperature, top_p, top_k, min_p)
     allowed = reference(row, sampling)
     for uniform in (0.0, random.random(), 0.999999):
         assert choose(row, sampling, uniform) in allowed
+    start = 0.0
+    for token, p in allowed.items():
+        if p > 1e-4:  # else rounding may hide it
+            assert choose(row, sampling, start + p / 2) == token
+        start += p
+
+
+def test_the_nucleus_is_that_of_all_candidates_and_not_of_the_likely_ones():
+    row = np.log(np.array([0.5, 0.3, 0.1, 0.1], dtype=np.float32))
+    sampling = Sampling(temperature=1.0, top_p=0.6, min_p=0.3)
+    assert {choose(row, sampling, u) for u in np.linspace(0, 0.999, 50)} == {0, 1}
 
 
 def test_draws_have_the_frequencies_of_the_definition():
