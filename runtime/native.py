@@ -212,7 +212,6 @@ class Model:
         except BaseException:
             self.close()
             raise
-        self._buffer = ctypes.create_string_buffer(256)
 
     def _check(self, vocab_only: bool, is_window: bool) -> None:
         lib, kind = self._lib, self._lib.llama_vocab_type(self._vocab)
@@ -298,11 +297,14 @@ class Model:
         """The bytes of a token, control tokens as their names."""
         if not self.pointer or not 0 <= token < self.n_vocab:
             raise EngineError(f"token id {token} is not within the vocabulary of {self.n_vocab}")
+        size = 32
         while True:
-            n = self._lib.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, True)
+            # One for each call: several threads ask, and the library is called without Python's lock.
+            buffer = ctypes.create_string_buffer(size)
+            n = self._lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, True)
             if n >= 0:
-                return self._buffer.raw[:n]
-            self._buffer = ctypes.create_string_buffer(-n)
+                return buffer.raw[:n]
+            size = -n
 
     def ends(self) -> frozenset[int]:
         """Tokens that end a generation."""

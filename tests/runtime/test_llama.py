@@ -1,5 +1,8 @@
 """The engine over real, tiny GGUF files: exact logits, and a refusal where llama.cpp would end the process."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -334,6 +337,21 @@ class TestTokenizer:
         text = "the thing in a naïve 漢字 \x00 <think>"
         for special in (False, True):
             assert b"".join(map(tokenizer.piece, tokenizer.encode(text, special))).decode() == text
+
+    def test_threads_that_ask_at_once_get_the_pieces_that_one_gets(self, tmp_path):
+        model = write_model(tmp_path / "vocabulary.gguf")
+        with load_tokenizer(model) as alone:
+            pieces = [alone.piece(token) for token in range(alone.n_vocab)]
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for _ in range(20):
+                with load_tokenizer(model) as shared, ThreadPoolExecutor(2) as pool:
+                    forwards = pool.submit(lambda: [shared.piece(t) for t in range(shared.n_vocab)])
+                    backwards = pool.submit(lambda: [shared.piece(t) for t in reversed(range(shared.n_vocab))])
+                    assert forwards.result() == backwards.result()[::-1] == pieces
+        finally:
+            sys.setswitchinterval(before)
 
     def test_control_text_is_a_token_only_where_asked_for(self, tokenizer):
         assert tokenizer.encode("<|im_start|>", special=True) == [256]
