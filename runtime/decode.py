@@ -119,6 +119,7 @@ class _Loop:
                 if self._flights:  # what they hold may be given up only once they are back
                     break
                 yield from self._make_room()
+                yield from self._settle()
                 return
             self._flights.append(flight)
             for span, row in zip(flight.spans, flight.rows, strict=True):
@@ -140,6 +141,8 @@ class _Loop:
                 yield Prefilled(row.sequence, span.position + len(span.tokens), len(row.sequence.tokens))
         # The rows are read before anything is yielded: a consumer that decodes elsewhere cannot spoil them.
         for row, token in chosen:
+            if row.flight is not flight:  # what a probe gave has changed the sequence
+                continue
             row.flight = None
             if row.probe is not None:
                 yield from self._accept_probe(row, token)
@@ -180,6 +183,8 @@ class _Loop:
             yield Token(sequence, token, text, phase, origin, is_continued=True)
         for control in row.observers:
             yield from self._act(row, control, control.observe(sequence, token))
+            if len(sequence.tokens) <= index or sequence.tokens[-1] != token:
+                break  # it was taken back: there is nothing for the others to see
         is_over = sequence.is_ending and len(sequence.tokens) > index
         sequence.is_ending = sequence.is_closing = False
         if is_over:
@@ -189,11 +194,11 @@ class _Loop:
         """Let the forced tokens join for which there is room, then see whether there is room for more."""
         sequence = row.sequence
         room = self.engine.n_context_sequence
+        if any(ended is row for ended, _ in self._ended):
+            return
         while sequence.forced and len(sequence.tokens) < room and not sequence.is_full:
             token, origin = sequence.forced.popleft()
             yield from self._accept(row, token, origin)
-        if any(ended is row for ended, _ in self._ended):
-            return
         # Where a rewrite left nothing to evaluate, the last token's logits are still needed.
         self._forget(sequence, len(sequence.tokens) - 1)
         if len(sequence.tokens) >= room:
@@ -261,7 +266,6 @@ class _Loop:
 
     def _accept_probe(self, row: Resident, token: int) -> Iterator[Event]:
         assert row.probe is not None
-        assert row.reader is not None
         parent = row.request.sequence
         row.sequence.tokens.append(token)
         parent.counts.probe += 1
@@ -272,11 +276,19 @@ class _Loop:
         is_done = row.probe.is_done(text)
         is_full = len(row.sequence.tokens) >= self.engine.n_context_sequence
         if is_done or is_end or is_full or "\n" in text or len(row.texts) >= row.probe.n_max:
-            self.schedule.leave(row)
-            reading = Reading(tuple(row.texts), tuple(row.entropies), is_done)
-            owner = next((other for other in self.schedule.rows if other.sequence is parent), None)
-            if owner is not None:
-                yield from self._act(owner, row.reader, row.reader.read(parent, reading))
+            yield from self._end_probe(row, Reading(tuple(row.texts), tuple(row.entropies), is_done))
+
+    def _end_probe(self, row: Resident, reading: Reading) -> Iterator[Event]:
+        """Let the control that asked read what its probe gave, and do what it wants of the sequence."""
+        assert row.reader is not None
+        self.schedule.leave(row)
+        owner = next(other for other in self.schedule.rows if other.request is row.request and other.probe is None)
+        sequence = owner.sequence
+        yield from self._act(owner, row.reader, row.reader.read(sequence, reading))
+        if sequence.forced:
+            owner.flight = None  # the token that it waits for is not wanted any more
+        if owner.flight is None:
+            yield from self._drain(owner)
 
     # --- ends ---------------------------------------------------------------------------------------------------
 
@@ -317,10 +329,7 @@ class _Loop:
         if self.schedule.has_kept:
             self.schedule.drop_kept()
         elif probes:
-            row = probes[-1]
-            self.schedule.leave(row)
-            assert row.reader is not None
-            yield from self._act(row, row.reader, row.reader.read(row.request.sequence, Reading((), (), False)))
+            yield from self._end_probe(probes[-1], Reading((), (), False))
         elif len(self.schedule.rows) > 1:
             self.schedule.is_tight = True
             row = self.schedule.rows[-1]

@@ -337,6 +337,12 @@ class TestSuppress:
         control.read(Sequence([1]), Reading(("4}",), (2 * nats,), True))
         assert control._probability == 0.0
 
+    def test_a_closing_tag_that_is_ignored_as_the_first_token_is_not_shown_to_it(self):
+        replies = {"Q<think>": "</think>7", "Wait": " b</think>7"}
+        [one], _, _ = run(replies, ["budget:ignore=1", "suppress:gap=0", "hint:alpha=1"])
+        assert one.thinking.startswith("Wait b")
+        assert one.answer == "7"
+
     def test_probes_keep_their_gap(self):
         _, events, _ = self.think(["suppress:gap=1000"])
         assert counters(events, "suppress")["probes"] == 1

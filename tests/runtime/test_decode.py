@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 
-from localreason.runtime.controls.control import Control, Force, Probe, Rewrite, Setup, Stop
+from localreason.runtime.controls.control import Control, Force, Note, Probe, Rewrite, Setup, Stop
 from localreason.runtime.decode import Request, decode
 from localreason.runtime.errors import PromptTooLong
-from localreason.runtime.events import Finished, Prefilled, Token
+from localreason.runtime.events import Finished, Noted, Prefilled, Token
 from localreason.runtime.formats import FORMATS
 from localreason.runtime.phase import PhaseTracker
 from localreason.runtime.sampler import entropy
@@ -218,13 +218,13 @@ def test_a_full_cache_evicts_the_youngest_which_ends_with_the_same_reply_later()
 
 
 class Once(Control):
-    """Returns its actions after the n-th token."""
+    """Returns its actions after the n-th token, and those of `afterwards` when its probe has ended."""
 
     name = "once"
 
-    def __init__(self, n, actions, tokenizer):
+    def __init__(self, n, actions, tokenizer, afterwards=()):
         super().__init__(None, setup(tokenizer))
-        self.n, self.actions, self.readings = n, actions, []
+        self.n, self.actions, self.afterwards, self.readings = n, actions, afterwards, []
 
     def observe(self, sequence, token):
         if sequence.n_reply == self.n and sequence.origins[-1] is Origin.SAMPLED:
@@ -234,7 +234,7 @@ class Once(Control):
 
     def read(self, sequence, reading):
         self.readings.append(reading)
-        return ()
+        return self.afterwards
 
 
 def test_forced_tokens_are_taken_without_logits_and_evaluated_in_one_batch():
@@ -292,6 +292,41 @@ def test_a_probe_runs_in_the_same_batches_and_leaves_the_main_sequence_as_it_is(
     assert [len(batch) for batch in engine.batches[1:4]] == [2, 2, 2]
     assert one.sequence.counts.probe == 2 + 3
     assert all(not e.text for e in events if isinstance(e, Token) and e.origin is Origin.PROBE)
+
+
+PROBE = Probe(tuple(b"P:"), 20, lambda text: text.endswith("}"))
+
+
+@pytest.mark.parametrize("n_in_flight", [1, 2, 3])
+def test_what_a_probe_gave_forces_tokens_before_another_is_sampled(n_in_flight):
+    replies = {"A": "<think>123</think>4", "X": "9</think>8", "P:": "7}"}
+    tokenizer, engine = make(replies, n_in_flight=n_in_flight)
+    control = Once(2, (PROBE,), tokenizer, afterwards=(Force(tuple(b"X")),))
+    one = request(tokenizer, "A", [control])
+    list(decode(engine, tokenizer, [one]))
+    assert one.sequence.thinking in ("12X9", "123X9"), "it was not too late for the thinking"
+    assert one.sequence.answer == "8"
+    assert not any(engine.held)
+
+
+@pytest.mark.parametrize("n_in_flight", [1, 2, 3])
+def test_what_a_probe_gave_takes_tokens_back_and_the_reply_goes_on_from_there(n_in_flight):
+    tokenizer, engine = make({"A": "1234567", "P:": "7}"}, n_in_flight=n_in_flight)
+    control = Once(1, (PROBE,), tokenizer, afterwards=(Rewrite(2),))
+    one = request(tokenizer, "A", [control])
+    list(decode(engine, tokenizer, [one]))
+    assert tokenizer.text(one.sequence.tokens[:-1]) == "A1234567"
+    assert any(call[0] == "rewind" and call[2] == 1 for call in engine.calls), "all behind A1 was taken back"
+
+
+def test_a_probe_that_is_given_up_for_room_is_read_as_nothing_for_its_own_sequence():
+    tokenizer, engine = make({"A": "12345", "X": "67", "P:": "abcdefghijkl"}, n_context=9)
+    long = Probe(tuple(b"P:"), 20, lambda text: False)
+    control = Once(1, (long,), tokenizer, afterwards=(Note("gone"), Force(tuple(b"X"))))
+    one = request(tokenizer, "A", [control])
+    events = list(decode(engine, tokenizer, [one]))
+    assert [event.sequence for event in events if isinstance(event, Noted)] == [one.sequence]
+    assert one.sequence.answer.endswith("X67")
 
 
 def test_a_probe_without_a_free_slot_reads_nothing_and_the_reply_goes_on():
