@@ -53,7 +53,7 @@ class Row:
     """How many times the end of thinking was ignored (control budget)."""
     suppressed_steps: int
     """Steps in which reflection words were banned (control suppress)."""
-    counters: dict[str, dict[str, int | float | str]]
+    counters: dict[str, dict[str, int | float]]
     """The counters of every control, by its name."""
     seconds: float
     """From the start of the problem to its end, others in between."""

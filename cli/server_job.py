@@ -17,7 +17,7 @@ from ..runtime.sequence import Counts, Origin, Phase, Sequence
 from ..runtime.tokenizer import Tokenizer
 from .server_schema import Wanted
 
-Counters = dict[str, dict[str, int | float | str]]
+Counters = dict[str, dict[str, int | float]]
 
 
 @dataclass(frozen=True, slots=True)

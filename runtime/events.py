@@ -49,7 +49,7 @@ class Finished:
 
     sequence: Sequence
     reason: str
-    counters: Mapping[str, Mapping[str, int | float | str]]
+    counters: Mapping[str, Mapping[str, int | float]]
 
 
 Event = Prefilled | Token | Noted | Finished

@@ -42,7 +42,7 @@ class Result:
     thinking: str
     stop: str
     counts: Counts
-    counters: dict[str, dict[str, int | float | str]]
+    counters: dict[str, dict[str, int | float]]
     seconds: float
     seed: int
     n_samples: int
@@ -66,7 +66,7 @@ class _Task:
     sequences: list[Sequence]
     search: FirstFinishSearch | None
     started: float
-    counters: dict[int, dict[str, dict[str, int | float | str]]] = field(default_factory=dict)
+    counters: dict[int, dict[str, dict[str, int | float]]] = field(default_factory=dict)
 
 
 class Model:
@@ -203,7 +203,7 @@ class Model:
                 f"the reply; shorten the prompt or give a larger context"
             )
         setups = [
-            Setup(self.tokenizer, format, recipe.seed + sample, engine.can_rewind, recipe.max_thinking, self._memo)
+            Setup(self.tokenizer, format, recipe.seed + sample, engine.can_rewind, self._memo)
             for sample in range(recipe.n_samples)
         ]
         shared: dict[str, Control] = {

@@ -52,6 +52,8 @@ class Sequence:
     sample: int = 0
     limit: int | None = None
     """Most tokens after the prompt, of every origin but probes; None for what the context holds."""
+    n_thinking_left: int | None = None
+    """Sampled thinking tokens until a budget cuts, so that nothing is put in right before; None without a budget."""
 
     n_prompt: int = 0
     origins: list[Origin] = field(default_factory=list)

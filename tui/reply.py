@@ -74,7 +74,7 @@ class Sample:
         self.marks: list[Mark] = []
         self.entropies: list[float] = []
         """In nats, of thinking tokens while somebody watches; where tokens are fast, not of all."""
-        self.counters: dict[str, dict[str, int | float | str]] = {}
+        self.counters: dict[str, dict[str, int | float]] = {}
         """Of its controls, by control; set when it ends."""
         self.first: float | None = None
         self.last_thinking: float | None = None

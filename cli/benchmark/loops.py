@@ -85,7 +85,7 @@ def run_armed(
 ) -> Timing:
     """The decode loop with controls armed and thinking open, greedy, over the same steps as `run_bare`."""
     chosen = combine(None, controls, insist=True)
-    setup = Setup(tokenizer, FORMATS["think"], max_thinking=_NEVER)
+    setup = Setup(tokenizer, FORMATS["think"])
     sequence = Tokens(list(prompt), limit=n_tokens + 1)
     armed = [CONTROLS[parameters.control](parameters, setup) for parameters in chosen]
     request = Request(sequence, PhaseTracker(FORMATS["think"], "<think>\n"), _greedy, armed)

@@ -102,9 +102,9 @@ class BudgetForcing(Control):
 
     def _limit(self, sequence: Sequence) -> Iterable[Action]:
         """The cut, if it is due."""
+        remaining = sequence.n_thinking_left = self.remaining(sequence)
         if not sequence.is_thinking:
             return ()
-        remaining = self.remaining(sequence)
         if remaining <= 0 or sequence.is_hurried:
             is_due = sequence.is_whole_text or remaining <= -_N_BROKEN
             reason = "answer asked for" if sequence.is_hurried else "limit"
@@ -118,7 +118,7 @@ class BudgetForcing(Control):
 
     def _cut(self, sequence: Sequence, reason: str) -> Iterable[Action]:
         self._is_cutting = True
-        self.counters["cuts"] = int(self.counters["cuts"]) + 1
+        self.counters["cuts"] += 1
         return (
             Force(self._closing(sequence), is_urgent=True),
             Note(f"thinking cut after {sequence.counts.thinking} tokens: {reason}"),
@@ -135,7 +135,7 @@ class BudgetForcing(Control):
         if ignored:
             return ignored
         self._is_cutting = True
-        self.counters["closed_at_end"] = int(self.counters["closed_at_end"]) + 1
+        self.counters["closed_at_end"] += 1
         return (
             Rewrite(position),
             Force(self._closing(sequence), is_urgent=True),
@@ -145,10 +145,10 @@ class BudgetForcing(Control):
     def _ignore(self, sequence: Sequence, position: int | None, kept: str) -> tuple[Action, ...]:
         """Take an end of thinking back and write the wait text in its place, if that is due."""
         is_short = sequence.counts.thinking < self._min
-        is_wanted = int(self.counters["ignored"]) < self.parameters.ignore
+        is_wanted = self.counters["ignored"] < self.parameters.ignore
         if position is None or not (is_short or is_wanted) or self.remaining(sequence) <= 0 or sequence.is_hurried:
             return ()
-        self.counters["ignored"] = int(self.counters["ignored"]) + 1
+        self.counters["ignored"] += 1
         self._is_ban_due = True
         tokens = tuple((token, Origin.SAMPLED) for token in self.setup.tokenizer.encode(kept)) if kept else ()
         gap = "" if not sequence.thinking or sequence.thinking[-1].isspace() else "\n"

@@ -35,7 +35,8 @@ class Force:
 class Rewrite:
     """A new context from `position` on, as ids with their origins. Taking back a closing tag reopens the block.
 
-    The reader has seen the text of what is kept, so it is not sent again; new ids are hints or nothing.
+    The reader has seen the text of what is kept, so nothing is sent again. New are only hints, which stay unseen, and
+    other ids for text that stood there, such as what an id had before the tag that began in it.
     """
 
     position: int
@@ -44,7 +45,9 @@ class Rewrite:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Fork the sequence, append `tokens` there, decode greedily until `is_done(text)`; the control reads the result."""
+    """Fork the sequence, append `tokens` there, and decode greedily until `is_done(text)`, a newline, an end of
+    generation, `n_max` tokens or the end of the context; the control then reads what came, beside the running sequence
+    or, without a free slot, nothing at once."""
 
     tokens: tuple[int, ...]
     n_max: int
@@ -88,7 +91,8 @@ class Parameters:
         for item in fields(self):
             value, low, high = getattr(self, item.name), item.metadata.get("min"), item.metadata.get("max")
             choices = item.metadata.get("choices")
-            if (low is not None and value < low) or (high is not None and value > high):
+            # Not `value < low`, which NaN would pass.
+            if not ((low is None or value >= low) and (high is None or value <= high)):
                 limit = f"from {low} to {high}" if high is not None else f"{low} or more"
                 raise ControlError(f"{self.control}: {item.name} is {value}; give a value {limit}")
             if choices and value not in choices:
@@ -110,8 +114,6 @@ class Setup:
     format: ThinkingFormat
     seed: int = 0
     can_rewind: bool = True
-    max_thinking: int | None = None
-    """The hard cap in force, so that nothing is inserted right before it; None without one."""
     memo: dict[object, Any] = field(default_factory=dict)
     """Kept as long as the model: what a control derives from the vocabulary is derived once."""
 
@@ -132,7 +134,7 @@ class Control:
     def __init__(self, parameters: Any, setup: Setup) -> None:
         self.parameters = parameters
         self.setup = setup
-        self.counters: dict[str, int | float | str] = {}
+        self.counters: dict[str, int | float] = {}
 
     @classmethod
     def instruct(cls, parameters: Any) -> str:

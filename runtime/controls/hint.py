@@ -67,8 +67,7 @@ class ConciseHint(Control):
         return self._splice(sequence)
 
     def _is_near_cut(self, sequence: Sequence) -> bool:
-        cap = self.setup.max_thinking
-        return cap is not None and cap - sequence.counts.thinking <= _N_BEFORE_CUT
+        return sequence.n_thinking_left is not None and sequence.n_thinking_left <= _N_BEFORE_CUT
 
     def _is_near_limit(self, sequence: Sequence) -> bool:
         return sequence.limit is not None and sequence.limit - sequence.n_reply <= len(self._hint)
@@ -83,16 +82,16 @@ class ConciseHint(Control):
         )
         if place is None:
             self._start = len(sequence.tokens)
-            self.counters["missed"] = int(self.counters["missed"]) + 1
+            self.counters["missed"] += 1
             return ()
         self._start = len(sequence.tokens) + len(self._hint)
-        self.counters["hints"] = int(self.counters["hints"]) + 1
+        self.counters["hints"] += 1
         note = Note(f"hint put in after {sequence.counts.thinking} thinking tokens (chunk of {chunk})")
         if not self.setup.can_rewind:
             return (Force(self._hint, Origin.HINT), note)
         n_prompt = sequence.n_prompt
         tail = tuple(zip(sequence.tokens[place:], sequence.origins[place - n_prompt :], strict=True))
-        self.counters["recomputed"] = int(self.counters["recomputed"]) + len(tail)
+        self.counters["recomputed"] += len(tail)
         return (Rewrite(place, tuple((token, Origin.HINT) for token in self._hint) + tail), note)
 
     def _place(self, sequence: Sequence, start: int) -> int | None:

@@ -73,11 +73,11 @@ class FirstFinishSearch(Control):
 
     def end(self, sequence: Sequence) -> Iterable[Action]:
         if sequence.finish == "lost":
-            self.counters["lost"] = int(self.counters["lost"]) + 1
+            self.counters["lost"] += 1
             return ()
-        self.counters["finished"] = int(self.counters["finished"]) + 1
+        self.counters["finished"] += 1
         if not self._is_good(sequence):
-            self.counters["guarded"] = int(self.counters["guarded"]) + 1
+            self.counters["guarded"] += 1
             self._rest.append(sequence)
         else:
             self._good.append(sequence)

@@ -93,10 +93,10 @@ class ReflectionSuppression(Control):
         lasts = [last for before, last in self._triggers.several if tuple(tokens[-len(before) :]) == before]
         if lasts:
             ids = np.append(ids, lasts)
-        self.counters["suppressed_steps"] = int(self.counters["suppressed_steps"]) + 1
+        self.counters["suppressed_steps"] += 1
         best = int(logits.argmax())
         if best in ids:
-            self.counters["suppressed_top"] = int(self.counters["suppressed_top"]) + 1
+            self.counters["suppressed_top"] += 1
             self._kept_from = best
         return Bias(ids)
 
@@ -116,7 +116,7 @@ class ReflectionSuppression(Control):
             return notes
         self._probed_at = n_thinking
         self._is_probing = True
-        self.counters["probes"] = int(self.counters["probes"]) + 1
+        self.counters["probes"] += 1
         lead = _LEADS[self.parameters.task]
         if in_code_or_formula(sequence.thinking):
             lead = "\n\n" + lead
@@ -128,7 +128,7 @@ class ReflectionSuppression(Control):
         if reading.is_done and reading.texts and reading.texts[-1].lstrip().startswith("}"):
             entropies = entropies[:-1]  # the brace that closes the answer is not part of it
         if not reading.is_done or not entropies:
-            self.counters["unread"] = int(self.counters["unread"]) + 1
+            self.counters["unread"] += 1
             return ()
         certainty = 1 - float(np.mean(entropies)) / float(np.log(self.setup.tokenizer.n_vocab))
         delta = self.parameters.delta

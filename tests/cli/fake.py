@@ -76,7 +76,7 @@ class FakeModel:
             yield Token(sequence, 6, text, Phase.ANSWER, Origin.SAMPLED)
             sequence.counts.answer += 1
         sequence.finish = "end"
-        counters: dict[str, dict[str, int | float | str]] = {
+        counters: dict[str, dict[str, int | float]] = {
             "budget": {"ignored": 2},
             "suppress": {"suppressed_steps": 5},
         }

@@ -33,8 +33,7 @@ def run(
     tokenizer = tokenizer or ByteTokenizer(list(n_words))
     engine = ScriptedEngine(script(tokenizer, replies, invisible), tokenizer.n_vocab, **engine_options)
     chosen = combine(None, texts, insist=True)
-    budget = next((p for p in chosen if p.control == "budget"), None)
-    setup = Setup(tokenizer, FORMAT, can_rewind=engine.can_rewind, max_thinking=budget and budget.max)
+    setup = Setup(tokenizer, FORMAT, can_rewind=engine.can_rewind)
     shared = {p.control: CONTROLS[p.control](p, setup) for p in chosen if CONTROLS[p.control].is_shared}
     requests = []
     for sample in range(n_samples):
@@ -253,9 +252,12 @@ class TestHint:
         assert counters(events, "hint")["hints"] == 0
         assert one.answer == "b, " * 100
 
-    def test_not_in_the_last_tokens_before_a_hard_cut(self):
-        [_], events, _ = run({"Q<think>": "a, " * 100, LEAD: "7"}, ["hint", "budget:max=190,slack=0"], invisible=HINT)
-        assert counters(events, "hint")["hints"] == 0 + (190 - 128 > 64)
+    @pytest.mark.parametrize("budget", ["max=190", "max=190,total=1000", "max=1000,total=190"])
+    def test_not_in_the_last_tokens_before_a_hard_cut(self, budget):
+        replies = {"Q<think>": "a, " * 100, LEAD: "7"}
+        for text, n_hints in ((budget, 0), (budget.replace("190", "193"), 1)):
+            [_], events, _ = run(replies, ["hint", f"budget:{text},slack=0"], invisible=HINT)
+            assert counters(events, "hint")["hints"] == n_hints
 
     def test_no_hint_where_the_limit_has_no_room_for_it(self):
         n_hint = len(ByteTokenizer().encode(HINT, special=True))
@@ -481,6 +483,7 @@ class TestTable:
             (["budget:max"], "parameter=value"),
             (["budget:min=10,max=5"], "min is 10"),
             (["suppress:delta=1.5"], "delta is 1.5"),
+            (["hint:beta=nan"], "beta is nan"),
             (["suppress:task=poetry"], "choose one of"),
             (["budget", "budget:max=3"], "named twice"),
             (["budget:ignore=1", "suppress"], "insist"),

@@ -50,7 +50,7 @@ class Streamer:
         requests = []
         for index in range(recipe.n_samples):
             sequence = Sequence([0] * self.n_prompt, sample=index)
-            setup = Setup(tokenizer, format, recipe.seed + index, True, recipe.max_thinking, {})
+            setup = Setup(tokenizer, format, recipe.seed + index, True, {})
             controls = [CONTROLS[p.control](p, setup) for p in recipe.controls if p.control == "budget"]
             requests.append(Request(sequence, PhaseTracker(format, ""), lambda row: 0, controls))
         reply.begin(self.engine, requests)
