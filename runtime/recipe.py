@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from .controls import Parameters
+from .controls import CONTROLS, Control, Parameters
 from .controls import describe as describe_control
 from .controls.budget import BudgetParameters
 from .controls.search import SearchParameters
@@ -57,7 +57,8 @@ class Recipe:
 
     def n_sequences(self, n_parallel: int = 1) -> int:
         """Engine sequences for this many questions at once: samples, a probe beside each, and one kept prompt."""
-        n_each = 2 if self.get("suppress") else 1
+        has_probes = any(CONTROLS[one.control].read is not Control.read for one in self.controls)
+        n_each = 2 if has_probes else 1
         return n_parallel * self.n_samples * n_each + 1
 
     def n_cells(self, n_parallel: int = 1, n_prompt: int = _N_PROMPT) -> int | None:

@@ -133,7 +133,7 @@ class Feeder:
         elif isinstance(event, Noted):
             feed.close_run()
             is_reading = probed is event.sequence
-            kind = "note" if event.control != "suppress" else "probe" if is_reading else "suppressed"
+            kind = "probe" if is_reading else "suppressed" if event.control == "suppress" else "note"
             phase, position = _place(event.sequence)
             feed.mark(position, phase, kind, event.text)
         elif isinstance(event, Finished):
