@@ -36,6 +36,7 @@ class ChatBackend:
         self._recipe = recipe
         self._wiring = wiring
         self._stack = contextlib.ExitStack()
+        self._streamer: Streamer | None = None
         self._states: RingStates | None = None
 
     def suggestions(self) -> list[Suggestion]:
@@ -72,8 +73,7 @@ class ChatBackend:
             from .ring_states import watch
 
             self._states = watch(model.engine, self._config)
-        streamer = Streamer(model, on_event)
-        self._stack.callback(_end, streamer)
+        self._streamer = streamer = Streamer(model, on_event)
         shown = name if name == store.DEMO or name in store.CATALOGUE else path.stem
         return Opened(shown, streamer, self._advice(path))
 
@@ -84,8 +84,13 @@ class ChatBackend:
         return self._states is not None and self._states.is_placing
 
     def close(self) -> None:
-        """Close the open model, if there is one, once its decode has ended."""
-        self._states = None
+        """Close the open model, if there is one, once its decode has ended, and not under it. Raises EngineError where
+        it goes on."""
+        if self._streamer is not None and not self._streamer.close(_CLOSE_SECONDS):
+            raise EngineError(
+                f"the model is still busy after {_CLOSE_SECONDS:.0f} s; end the chat with Ctrl+Q and start it again"
+            )
+        self._streamer = self._states = None
         self._stack.close()
 
     def _advice(self, path: Path) -> str:
@@ -125,14 +130,6 @@ def _offer(name: str, stem: str, n_bytes: int, summary: str) -> Offer:
     """A file that is here, with what its own name says of it."""
     scheme = find_scheme(stem)
     return Offer(name, n_bytes, count_parameters(stem), scheme[0] if scheme else "", summary, is_here=True)
-
-
-def _end(streamer: Streamer) -> None:
-    """A model must not be closed under a decode that still runs."""
-    if not streamer.close(_CLOSE_SECONDS):
-        raise EngineError(
-            f"the model is still busy after {_CLOSE_SECONDS:.0f} s; end the chat with Ctrl+Q and start it again"
-        )
 
 
 def _n_bytes(folder: Path) -> int:

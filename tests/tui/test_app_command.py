@@ -12,7 +12,7 @@ from localreason.cli.main import main
 from localreason.cli.ring_states import RingStates
 from localreason.cluster.errors import ClusterError
 from localreason.cluster.formation import Assignment, Placement
-from localreason.runtime.errors import ModelNotFound
+from localreason.runtime.errors import EngineError, ModelNotFound
 from localreason.runtime.template import Message
 from localreason.tui.delta import Ended, Failed
 from localreason.tui.widgets.nodes import NodeState
@@ -53,6 +53,21 @@ def test_a_model_is_fetched_with_progress_and_talks(tmp_path):
         assert backend.nodes() == ()
     finally:
         backend.close()
+
+
+def test_a_model_is_not_closed_under_a_decode_that_still_runs(tmp_path):
+    config = load({"store": str(tmp_path / "store"), "threads": 1, "format": "none"})
+    write_model(tmp_path / "tiny.gguf", "qwen2")
+    backend = ChatBackend(config, make_recipe(config), Wiring())
+    opened = backend.open(str(tmp_path / "tiny.gguf"), print, print)
+    model, ends = opened.streamer._model, opened.streamer.close
+    opened.streamer.close = lambda seconds: False
+    with pytest.raises(EngineError, match="still busy"):
+        backend.close()
+    assert model.tokenizer.encode("alive"), "nothing was freed"
+    opened.streamer.close = ends
+    backend.close()
+    backend.close()
 
 
 def test_a_model_that_is_nowhere_is_told_of(tmp_path):
