@@ -103,7 +103,10 @@ class Node(service.RingServicer):
         if request.types:
             async with self._profiling:  # two at once would measure each other
                 types = [name for name in request.types if len(name) < 16][:32]
-                device = await asyncio.to_thread(self._options.profile, types)
+                try:
+                    device = await asyncio.to_thread(self._options.profile, types)
+                except LocalReasonError as error:
+                    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return wire.DescribeReply(
             protocol=PROTOCOL,
             name=self._options.name,

@@ -165,6 +165,9 @@ class RingEngine:
                 if time.monotonic() > deadline:
                     raise
                 self._tell(f"{error}; waiting")
+            except BaseException:
+                self._end_formation()
+                raise
         shares = ", ".join(f"{w.member or options.name} {w.first}-{w.end - 1}" for w in placement.windows)
         self._tell(f"layers: {shares}")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import socket
 import threading
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 
 from localreason.cluster.errors import ClusterError, NodeBusy, NodeLost, PlanImpossible
-from localreason.cluster.formation import HEAD, Assignment, Placement
+from localreason.cluster.formation import HEAD, Assignment, Formation, Placement
+from localreason.cluster.gate import PlainGate
 from localreason.cluster.link import LinkBook
-from localreason.cluster.member import Member
+from localreason.cluster.member import Address, Member
+from localreason.cluster.node import Node, NodeOptions, serve
 from localreason.cluster.ring import RingEngine, RingOptions
 from localreason.cluster.store import Store
 from localreason.cluster.wire import ring_pb2 as wire
@@ -23,7 +26,7 @@ from localreason.cluster.wire import ring_pb2_grpc as service
 from localreason.quant.gguf import ModelFile
 from localreason.runtime.decode import Request, decode
 from localreason.runtime.engine import Span
-from localreason.runtime.errors import ContextFull, DecodeFailed
+from localreason.runtime.errors import ContextFull, DecodeFailed, OutOfMemory, OutputError
 from localreason.runtime.events import Token
 from localreason.runtime.formats import FORMATS
 from localreason.runtime.llama import EngineOptions, load
@@ -252,6 +255,30 @@ def test_a_model_that_fits_nowhere_any_more_is_a_clear_error_until_a_node_is_bac
         assert np.array_equal(script(ring), expected)
 
 
+def test_a_head_without_memory_for_its_new_share_leaves_the_other_node_free_for_the_next_attempt(
+    model, head, spare, folder, expected, monkeypatch
+):
+    load_own, failures = Formation.load_own, []
+
+    def load_once(formation, store, n_threads):
+        if not failures:
+            failures.append("")
+            raise OutOfMemory("the window does not fit")
+        load_own(formation, store, n_threads)
+
+    told = []
+    with ring_of(model, head, spare, folder, tell=told.append) as ring:
+        ring.decode([Span(0, 0, PROMPT)])
+        monkeypatch.setattr(Formation, "load_own", load_once)
+        spare[1].kill()
+        with pytest.raises(OutOfMemory):
+            ring.decode([Span(0, len(PROMPT), [1])])
+        ring.rewind(0, 0)
+        assert np.array_equal(script(ring), expected)
+        assert [window.member for window in ring.placement.windows] == [spare[0].name, HEAD]
+        assert [text for text in told if " is lost" in text and not text.startswith(spare[1].name)] == []
+
+
 def test_a_node_that_comes_back_is_used_for_the_next_request(model, head, spare, folder):
     told, back = [], threading.Event()
 
@@ -477,6 +504,27 @@ class TestHostileHeads:
         asyncio.run(_talk(head, nodes[0], vanish))
         with ring_of(model, head, nodes[:1], folder) as ring:
             assert ring.decode([Span(0, 0, [1])]).shape == (1, ring.n_vocab)
+
+
+def test_a_profile_that_cannot_be_made_is_told_to_the_head(folder, head):
+    def measure(types):
+        raise OutputError("the cache folder cannot be written; give another --cache")
+
+    async def ask():
+        node = Node(NodeOptions("attic", 1, measure), Store(folder / "own", 1 << 20), PlainGate(), print)
+        ports = asyncio.Queue()
+        add_port = functools.partial(PlainGate().add_port, host="127.0.0.1", port=0)
+        serving = asyncio.create_task(serve(node, add_port, ports.put))
+        member = Member(Address("attic", "127.0.0.1", await ports.get()), PlainGate())
+        try:
+            await member.describe(["q8_0"])
+        finally:
+            await member.release()
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+
+    with pytest.raises(NodeLost, match="failed: the cache folder cannot be written"):
+        asyncio.run(asyncio.wait_for(ask(), 20))
 
 
 def test_a_placement_that_is_no_ring_is_refused(model, head, nodes, folder):
