@@ -121,12 +121,16 @@ def _has_ipv6() -> bool:
 
 
 async def _announce(name: str, id: str, port: int) -> None:
-    """Be found for as long as the node serves."""
+    """Be found for as long as the node serves, or say why it cannot be."""
     from ..cluster.codec import PROTOCOL
     from ..cluster.discovery import Announcement, announce
+    from ..cluster.errors import ClusterError
 
-    async with announce(Announcement(name, id, port, PROTOCOL)):
-        await asyncio.Event().wait()
+    try:
+        async with announce(Announcement(name, id, port, PROTOCOL)):
+            await asyncio.Event().wait()
+    except ClusterError as error:
+        _show(f"{error}; others reach this node by --peer HOST:{port}")
 
 
 def _show(line: str) -> None:

@@ -1,6 +1,7 @@
 """This machine's place in the home: who it is, whom it trusts, what it keeps, and which nodes it can use now."""
 
 import asyncio
+import contextlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -84,7 +85,10 @@ class Home:
         that is no address.
         """
         targets = [parse_peer(text) for text in named]
-        found = [] if self.is_plain or not seconds else await browse(seconds)
+        found: list[Found] = []
+        # Where there is no network to look on, those that are named may be reached all the same.
+        with contextlib.suppress(*((ClusterError,) if named else ())):
+            found = [] if self.is_plain or not seconds else await browse(seconds)
         found = [other for other in found if other.id != self.identity.id]
         asked = [self._ask_found(other, list(types)) for other in found]
         asked += [self._ask_named(host, port, list(types)) for host, port in targets]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from zeroconf import ServiceInfo
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
+from localreason.cli.node import _announce
 from localreason.cluster.discovery import (
     SERVICE,
     Announcement,
@@ -24,6 +25,7 @@ from localreason.cluster.discovery import (
     watch,
 )
 from localreason.cluster.errors import ClusterError
+from localreason.cluster.home import Home
 from localreason.cluster.identity import Peer
 from localreason.runtime.errors import InputError
 
@@ -142,6 +144,23 @@ def test_a_machine_without_a_network_says_so(monkeypatch):
     assert useful_addresses() == []
     with pytest.raises(ClusterError, match="give HOST:PORT"):
         asyncio.run(browse(1))
+
+
+def test_without_a_network_to_look_on_named_nodes_are_asked_all_the_same(monkeypatch, tmp_path):
+    interfaces(monkeypatch, {"tailscale0": (True, "up,pointopoint", ["100.64.0.7"])})
+    home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
+    [seen] = asyncio.run(home.survey(0.1, ["127.0.0.1:1"]))
+    assert "is not paired" in seen.problem
+    with pytest.raises(ClusterError, match="give HOST:PORT"):
+        asyncio.run(home.survey(0.1))
+
+
+def test_a_node_that_cannot_be_announced_says_so_and_how_it_is_reached(monkeypatch, capsys):
+    interfaces(monkeypatch, {"tailscale0": (True, "up,pointopoint", ["100.64.0.7"])})
+    asyncio.run(_announce("attic", ID, 7411))
+    said = capsys.readouterr().err
+    assert "no network interface" in said
+    assert "--peer HOST:7411" in said
 
 
 @pytest.mark.parametrize(
