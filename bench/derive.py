@@ -1,22 +1,27 @@
 """Rows of `localreason eval` that follow from rows already run, with the project's own decode loop and controls.
 
     localreason eval gsm8k -p safe -m MODEL.gguf -o out
-    python bench/derive.py out/safe.jsonl none b256=safe+budget:max=256
+    python bench/derive.py out/safe.jsonl none b256=safe+budget:max=256 --model MODEL.gguf
     localreason eval gsm8k -p parallel --trace -m MODEL.gguf -o vote
     python bench/derive.py vote/parallel.jsonl ffs=safe+search:n=4 short2=safe+search:n=4,rule=short,m=2
 
-Two cases. A configuration without a search gets the rows of SOURCE in which no limit was reached, if its own budget is
-not reached either, and nothing was closed for the model if it has none: with the same seeds it would sample the same
-tokens. The others are left to `localreason eval` with the same folder, which goes on behind them. A search gets every
-row: the samples that SOURCE recorded are decoded again by `runtime/decode.py`, with what was sampled then in the place
-of a model, under the other rule; as short-m@k and first-finish search are evaluated in their papers. SOURCE's own rule
-is replayed too and has to come to the recorded reply. A row that would need more of a sample than was recorded, since
-it was stopped then, is left to `localreason eval` too. Seconds are those of SOURCE, and mean nothing for a search.
+Two cases. A configuration that differs from SOURCE in its budget alone gets SOURCE's row where the budget changes
+nothing. Elsewhere the model is run with the thinking that SOURCE sampled, until the budget acts, and samples from there
+on. To run only those rows anew would not do: the last bits of the logits hang on what else is in the batch, so that a
+second run is a second draw, and drawing again where thinking was long makes it shorter by itself.
+
+A search gets every row: the samples that SOURCE recorded are decoded again by `runtime/decode.py`, with what was
+sampled then in the place of a model, under the other rule; as short-m@k and first-finish search are evaluated in their
+papers. SOURCE's own rule is replayed too and has to come to the recorded reply. A row that would need more of a sample
+than was recorded, since it was stopped then, is left to `localreason eval` with the same folder, which goes on behind
+them. Seconds are those of SOURCE, and mean nothing here.
 """
 
 import argparse
+import contextlib
 import json
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +32,11 @@ from localreason.cli.config import Config, Settings
 from localreason.cli.evaluation.configuration import Configuration, make_configurations
 from localreason.cli.evaluation.graders import Reply
 from localreason.cli.evaluation.judge import Judge
+from localreason.cli.problems import Problem
 from localreason.cli.results import Row, read_rows, to_line
+from localreason.cli.row import make_row
 from localreason.runtime.decode import Request
+from localreason.runtime.llama import EngineOptions
 from localreason.runtime.model import Answered, Model, Question
 from localreason.runtime.prompt import Prompter
 from localreason.runtime.recipe import Recipe
@@ -38,7 +46,8 @@ class Pieces:
     """The tokens of one recorded question: an id for each text, and runs of forced texts as they were cut then."""
 
     def __init__(self, trace, ends) -> None:
-        self.prefix, self.control_texts, self.chat_template, self.metadata = [], [], None, {}
+        self.prefix, self.control_texts, self.chat_template = [], [], "{{ messages | map(attribute='content') | join }}"
+        self.metadata, self.template_tokens = {}, {}
         self.texts: list[str] = [""]
         self.ends = ends
         self.runs: dict[str, list[int]] = {}
@@ -108,7 +117,7 @@ class Recorded(Model):
 
     def __init__(self, row: Row, ends) -> None:
         self.engine, self.tokenizer, self._memo = Blank(), Pieces(row.trace, ends), {}
-        self._prompter = Prompter(self.tokenizer, self.tokenizer, "chatml")
+        self._prompter = Prompter(self.tokenizer, self.tokenizer)
         self.n_missed = 0
 
     def samples(self, prompt, recipe: Recipe, id: str = "") -> list[Request]:
@@ -154,26 +163,83 @@ def derive_search(row: Row, one: Configuration, source: Recipe, judge: Judge, en
     )
 
 
-def derive_untouched(row: Row, one: Configuration) -> Row | None:
-    """The row where the budget that ran and the configuration's own, if it has one, do the same, or nothing."""
-    did, wanted = row.counters.get("budget"), one.recipe.get("budget")
-    others = {*row.counters, *(parameters.control for parameters in one.recipe.controls)} - {"budget"}
-    if others or row.stop != "end" or row.is_unclosed or did is None or did["cuts"] or did["ignored"]:
-        return None
-    if wanted is None and did["closed_at_end"]:
-        return None
-    if wanted is not None:
-        limit = min(wanted.max, wanted.total or wanted.max) - min(wanted.slack, wanted.max // 8)
-        if wanted.ignore or wanted.repeat or not wanted.min <= row.tokens["thinking"] < limit:
-            return None
-    counters = row.counters if wanted is not None else {}
-    return replace(row, counters=counters, recipe=one.recipe.describe(), trace=None)
+def is_untouched(row: Row, one: Configuration) -> bool:
+    """Whether the configuration's budget, or its lack, does what SOURCE's did."""
+    did, wanted = row.counters["budget"], one.recipe.get("budget")
+    assert not did["cuts"], "a budget of SOURCE was reached: nobody knows how its thinking would have gone on"
+    assert not did["ignored"]
+    if wanted is None:
+        return not did["closed_at_end"]
+    return row.tokens["thinking"] < min(wanted.max, wanted.total or wanted.max) - min(wanted.slack, wanted.max // 8)
+
+
+class Continued(Model):
+    """A model that thinks what rows say until something was forced, and what it samples from there on."""
+
+    def know(self, rows: list[Row]) -> None:
+        end = next(token for token in range(self.tokenizer.n_vocab) if self.tokenizer.is_end(token))
+        self.recorded = {
+            row.id: self.tokenizer.encode(row.thinking) + [end] * row.counters["budget"]["closed_at_end"]
+            for row in rows
+        }
+
+    def samples(self, prompt, recipe: Recipe, id: str = "") -> list[Request]:
+        requests = super().samples(prompt, recipe, id)
+        for request in requests:
+            request.sample = partial(self._next, request, deque(self.recorded[id]), request.sample)
+        return requests
+
+    def _next(self, request: Request, recorded: deque[int], draw, row) -> int:
+        token = draw(row)  # the random numbers go on as they did then
+        if request.sequence.counts.forced:
+            recorded.clear()
+        return recorded.popleft() if recorded else token
+
+
+def continue_rows(rows: list[Row], one: Configuration, model: Continued, judge: Judge) -> Iterator[Row]:
+    """The rows as the configuration's budget would have had them."""
+    model.know(rows)
+    by_id = {row.id: row for row in rows}
+    recipe = one.repeat(rows[0].repeat)
+    for event in model.solve([Question(row.id, row.problem) for row in rows], recipe, model.engine.n_sequences - 1):
+        if not isinstance(event, Answered):
+            continue
+        assert event.result.error is None, event.result.error
+        row = by_id[event.result.id]
+        new = make_row(event.result, Problem(row.id, row.problem), row.model, one.recipe.describe())
+        verdict = judge.grade(Reply(row.problem, new.text, row.gold or ""))
+        yield replace(
+            new,
+            **{name: getattr(row, name) for name in ("repeat", "gold", "seconds", "wall_seconds")},
+            answer=verdict.answer,
+            correct=verdict.is_correct,
+        )
+
+
+def derive_budget(rows: list[Row], one: Configuration, model: Continued, judge: Judge) -> Iterator[Row]:
+    others = [parameters.control for parameters in one.recipe.controls if parameters.control != "budget"]
+    wanted = one.recipe.get("budget")
+    assert not others, f"{one.name} differs in more than its budget"
+    assert wanted is None or not (wanted.ignore or wanted.repeat or wanted.min), f"{one.name} is no cap"
+    touched: dict[int, list[Row]] = {}
+    for row in rows:
+        if is_untouched(row, one):
+            counters = row.counters if wanted is not None else {}
+            yield replace(row, counters=counters, recipe=one.recipe.describe(), trace=None)
+        else:
+            touched.setdefault(row.repeat, []).append(row)
+    for each in touched.values():
+        yield from continue_rows(each, one, model, judge)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("source", type=Path)
     parser.add_argument("configurations", nargs="+", metavar="PRESET or NAME=PRESET+CONTROL:KEY=VALUE")
+    parser.add_argument("--model", type=Path, help="the model file, for budgets")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--parallel", type=int, default=32)
+    parser.add_argument("--context", type=int, default=24576)
     parser.add_argument("--ends", default="<|im_end|>,<|endoftext|>", help="texts of the tokens that end a reply")
     parser.add_argument("--format", default="prompted", help="the thinking format that the model was run with")
     options = parser.parse_args()
@@ -198,19 +264,20 @@ def main() -> None:
             done = {row.key for row in found}
         else:
             path.write_text(json.dumps({"schema": 1, "header": head}) + "\n")
-        n = 0
-        with path.open("a") as file, Judge(header["grader"]) as judge:
-            for row in rows:
-                if row.key in done or row.error is not None:
-                    continue
-                if one.recipe.get("search") is not None:
-                    new = derive_search(row, one, source, judge, options.ends.split(","), options.format)
-                else:
-                    new = derive_untouched(row, one)
-                if new is not None:
-                    file.write(to_line(new))
-                    n += 1
-        print(f"{one.name}: {n} of {len(rows)} rows derived")
+        n, left = 0, [row for row in rows if row.key not in done and row.error is None]
+        with path.open("a") as file, Judge(header["grader"]) as judge, contextlib.ExitStack() as stack:
+            if one.recipe.get("search") is not None:
+                ends = options.ends.split(",")
+                derived = (derive_search(row, one, source, judge, ends, options.format) for row in left)
+            else:
+                loading = EngineOptions(options.context, options.parallel + 1, n_threads=options.threads)
+                model = stack.enter_context(Continued.open(options.model, loading))
+                derived = derive_budget(left, one, model, judge)
+            for new in filter(None, derived):
+                file.write(to_line(new))
+                file.flush()
+                n += 1
+        print(f"{one.name}: {n} of {len(rows)} rows derived", flush=True)
 
 
 if __name__ == "__main__":
