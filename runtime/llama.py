@@ -98,6 +98,11 @@ class LlamaTokenizer:
         return self._model.metadata()
 
     @property
+    def template_tokens(self) -> dict[str, str]:
+        """What a chat template knows as `bos_token` and `eos_token`."""
+        return self._model.template_tokens()
+
+    @property
     def chat_template(self) -> str | None:
         return self._model.chat_template
 

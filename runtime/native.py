@@ -318,6 +318,14 @@ class Model:
         attribute, vocab = self._lib.llama_vocab_get_attr, self._vocab
         return [token for token in range(self.n_vocab) if attribute(vocab, token) & _MARK_ATTRIBUTES]
 
+    def template_tokens(self) -> dict[str, str]:
+        """The texts that a chat template knows as `bos_token` and `eos_token`; empty where the model has none."""
+        ids = {"bos_token": self._lib.llama_vocab_bos(self._vocab), "eos_token": self._lib.llama_vocab_eos(self._vocab)}
+        return {
+            name: self.piece(token).decode("utf-8", "replace") if 0 <= token < self.n_vocab else ""
+            for name, token in ids.items()
+        }
+
     def prefix(self) -> list[int]:
         """What a prompt has to begin with: BOS where the model wants it."""
         bos = self._lib.llama_vocab_bos(self._vocab) if self.pointer else -1

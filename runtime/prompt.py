@@ -8,7 +8,7 @@ from typing import Protocol
 
 from .errors import TemplateError
 from .formats import FORMATS, ThinkingFormat, detect, find_format, strip_thinking
-from .template import CHATML, Message, Part, render
+from .template import Message, Part, render
 from .tokenizer import Tokenizer
 
 _BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -56,12 +56,16 @@ class _Source(Protocol):
     @property
     def metadata(self) -> dict[str, str]: ...
 
+    @property
+    def template_tokens(self) -> dict[str, str]: ...
+
 
 class Prompter:
-    """Makes the prompts of one model. `template` overrides the file's; `chatml` names the built-in one."""
+    """Makes the prompts of one model."""
 
-    def __init__(self, source: _Source, tokenizer: _Vocabulary, template: str | None = None) -> None:
-        self._template = CHATML if template == "chatml" else template or source.chat_template
+    def __init__(self, source: _Source, tokenizer: _Vocabulary) -> None:
+        self._template = source.chat_template
+        self._template_tokens = source.template_tokens
         self._detected = detect(self._template, source.metadata)
         self._tokenizer = tokenizer
 
@@ -70,12 +74,9 @@ class Prompter:
         format = find_format(name) if name else self._detected
         return FORMATS["none"] if not is_thinking and format.is_prefilled else format
 
-    def prompt(
-        self, question: str, format: ThinkingFormat, is_thinking: bool = True, instructions: Collection[str] = ()
-    ) -> Prompt:
+    def prompt(self, question: str, format: ThinkingFormat) -> Prompt:
         """The prompt for one question. Raises TemplateError."""
-        turns = [Message("user", "\n".join((question, *instructions)))]
-        return self.continue_chat(turns, format, is_thinking)
+        return self.continue_chat([Message("user", question)], format)
 
     def continue_chat(
         self, turns: list[Message], format: ThinkingFormat, is_thinking: bool = True, is_problem: bool = True
@@ -106,13 +107,13 @@ class Prompter:
 
     def _render(self, turns: list[Message], is_thinking: bool) -> list[Part]:
         try:
-            return render(self._template, turns, is_thinking=is_thinking)
+            return render(self._template, turns, self._template_tokens, is_thinking)
         except TemplateError:
             if turns[0].role != "system" or not self._template:
                 raise
             # Some templates refuse a system turn; its text then leads the first user's.
             first = Message("user", f"{turns[0].content}\n\n{turns[1].content}")
-            return render(self._template, [first, *turns[2:]], is_thinking=is_thinking)
+            return render(self._template, [first, *turns[2:]], self._template_tokens, is_thinking)
 
 
 def encode(parts: list[Part], tokenizer: _Vocabulary, format: ThinkingFormat) -> list[int]:

@@ -25,11 +25,6 @@ from jinja2.utils import Namespace
 
 from .errors import TemplateError
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 _MOST_SECONDS = 2.0
 _MOST_CHARACTERS = 1_000_000
 """Of a template, and of any text that it makes; messages do not count, marks stand in for them."""
@@ -68,7 +63,7 @@ class Part:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise TemplateError(f"the chat template {what}; give another template")
+    raise TemplateError(f"the chat template {what}; take another model")
 
 
 def _bound(value: Any) -> Any:
@@ -209,9 +204,7 @@ def render(
     Raises TemplateError for a template that is missing, fails, runs longer than two seconds or loses a message.
     """
     if not template:
-        raise TemplateError(
-            "the model file has no chat template; take an instruct model, or give a template such as chatml"
-        )
+        raise TemplateError("the model file has no chat template; take an instruct model")
     nonce = secrets.token_hex(4)
     stand_ins = [{"role": message.role, "content": f"\ue000{nonce}:{i}\ue001"} for i, message in enumerate(messages)]
     values = {
@@ -262,11 +255,11 @@ def _run(template: str, values: dict[str, Any]) -> str:
         sys.settrace(watch)
         return _join_output(compiled.generate(values))
     except (JinjaError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise TemplateError(f"the chat template fails: {error}; give another template") from error
+        raise TemplateError(f"the chat template fails: {error}; take another model") from error
     except (RuntimeError, SystemError, SyntaxError, AssertionError) as error:  # too deep, or too many nested blocks
-        raise TemplateError(f"the chat template cannot be run: {error}; give another template") from error
+        raise TemplateError(f"the chat template cannot be run: {error}; take another model") from error
     except MemoryError as error:
-        raise TemplateError("the chat template uses too much memory; give another template") from error
+        raise TemplateError("the chat template uses too much memory; take another model") from error
     finally:
         sys.settrace(before)
 

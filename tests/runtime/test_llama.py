@@ -367,6 +367,7 @@ class TestTokenizer:
         assert tokenizer.prefix == []
         with load_tokenizer(write_model(tmp_path / "bos.gguf", values={"tokenizer.ggml.add_bos_token": True})) as other:
             assert other.prefix == [256]
+            assert other.template_tokens == {"bos_token": MARKS[0], "eos_token": MARKS[1]}
 
     def test_a_token_outside_the_vocabulary_is_refused(self, tokenizer):
         with pytest.raises((EngineError, IndexError)):

@@ -7,8 +7,8 @@ import pytest
 from localreason.runtime.errors import TemplateError
 from localreason.runtime.formats import FORMATS
 from localreason.runtime.prompt import Prompter, encode
-from localreason.runtime.template import CHATML, Message, Part, render
-from tests.fakes import ByteTokenizer
+from localreason.runtime.template import Message, Part, render
+from tests.fakes import CHATML, ByteTokenizer
 
 
 class Tokenizer(ByteTokenizer):
@@ -28,6 +28,7 @@ class Tokenizer(ByteTokenizer):
 class Source:
     def __init__(self, template, name=""):
         self.chat_template, self.metadata = template, {"general.name": name}
+        self.template_tokens = {"bos_token": "<bos>", "eos_token": "<|im_end|>"}
 
 
 def test_chatml_renders_as_expected_with_contents_marked_untrusted():
@@ -93,7 +94,7 @@ def test_a_template_that_loops_raises_explodes_or_loses_a_message_is_an_error(te
 
 
 def test_a_missing_template_is_named_with_the_remedy():
-    with pytest.raises(TemplateError, match="chatml"):
+    with pytest.raises(TemplateError, match="take an instruct model"):
         render(None, [Message("user", "hello")])
 
 
@@ -123,6 +124,14 @@ def test_a_template_that_refuses_a_system_turn_gets_it_in_the_first_users():
     prompter = Prompter(Source(template), Tokenizer())
     text = Tokenizer().text(prompter.prompt("How many?", FORMATS["prompted"]).tokens)
     assert text.startswith("<|im_start|>user\nYou are a careful")
+
+
+def test_a_template_knows_the_ends_of_the_vocabulary():
+    template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    prompter = Prompter(Source(template), Tokenizer())
+    turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    text = Tokenizer().text(prompter.continue_chat(turns, FORMATS["none"], is_problem=False).tokens)
+    assert text == "<bos><user>a<|im_end|><assistant>b<|im_end|><user>c<|im_end|>"
 
 
 def test_history_goes_in_without_its_thinking():
