@@ -131,7 +131,7 @@ class Model:
         """
         recipe = recipe or Recipe(controls=(BudgetParameters(),))
         self.check_room(recipe)
-        tasks: dict[str, _Task] = {}
+        tasks: dict[Sequence, _Task] = {}
         failed: list[Answered] = []
 
         def requests() -> Iterator[Request]:
@@ -169,11 +169,12 @@ class Model:
                 f"lower n or give a larger context"
             )
 
-    def _requests(self, question: Question, recipe: Recipe, tasks: dict[str, _Task]) -> Iterator[Request]:
+    def _requests(self, question: Question, recipe: Recipe, tasks: dict[Sequence, _Task]) -> Iterator[Request]:
         requests = self.samples(self.chat_prompt([Message("user", question.text)], recipe), recipe, question.id)
         shared = [c for c in requests[0].controls if isinstance(c, FirstFinishSearch)]
         sequences = [request.sequence for request in requests]
-        tasks[question.id] = _Task(question, sequences, shared[0] if shared else None, time.perf_counter())
+        task = _Task(question, sequences, shared[0] if shared else None, time.perf_counter())
+        tasks.update(dict.fromkeys(sequences, task))
         yield from requests
 
     def chat_prompt(self, turns: list[Message], recipe: Recipe, is_problem: bool = True) -> Prompt:
@@ -232,13 +233,12 @@ def _sampler(recipe: Recipe, sample: int) -> Callable[[Row], int]:
     return draw
 
 
-def _done(tasks: dict[str, _Task], event: Finished, recipe: Recipe) -> Answered | None:
+def _done(tasks: dict[Sequence, _Task], event: Finished, recipe: Recipe) -> Answered | None:
     """The question's result once its last sample has ended."""
-    task = tasks[event.sequence.id]
+    task = tasks.pop(event.sequence)
     task.counters[event.sequence.sample] = {name: dict(values) for name, values in event.counters.items()}
     if any(sequence.finish is None for sequence in task.sequences):
         return None
-    del tasks[event.sequence.id]
     chosen = (task.search.winner() if task.search else None) or task.sequences[0]
     counters = task.counters[chosen.sample]
     if task.search:

@@ -95,6 +95,14 @@ def test_samples_of_one_question_differ(model):
     assert len(set(texts.values())) == 4
 
 
+def test_questions_of_one_name_in_flight_are_all_answered(model):
+    recipe = Recipe(combine("safe", ["budget:max=8"]), GREEDY, max_tokens=20)
+    questions = [Question("a", QUESTION), Question("a", "What is 5 + 6?"), Question("a", QUESTION)]
+    results = answered(model.solve(questions, recipe, 2))
+    assert [result.id for result in results] == ["a"] * 3
+    assert len({(result.thinking, result.text) for result in results}) > 1
+
+
 def test_a_prompt_that_is_too_long_fails_alone(model):
     questions = [Question("long", "word " * 5000), Question("short", QUESTION)]
     results = {
