@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..runtime.errors import InputError
+from ..runtime.errors import InputError, OutputError
 from . import build, config
 from .store import DEMO, list_stored
 
@@ -79,7 +79,10 @@ def chat(
     from .chat_models import ChatBackend
 
     path = history or _default_history()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path.parent} cannot be made: {error.strerror}; give another --history") from error
     backend = ChatBackend(settings, recipe, build.wiring(context))
     try:
         with History(path) as kept:

@@ -2,6 +2,7 @@
 
 import hashlib
 import queue
+import sys
 
 import pytest
 
@@ -30,6 +31,14 @@ def home(tmp_path, monkeypatch):
 def test_without_a_terminal_the_command_says_so(capsys):
     assert main(["chat"]) == 4
     assert "needs a terminal" in capsys.readouterr().err
+
+
+def test_a_history_that_cannot_be_is_one_sentence(capsys, monkeypatch, tmp_path):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    (tmp_path / "file").write_text("")
+    assert main(["chat", "--history", str(tmp_path / "file" / "chats.sqlite3")]) == 5
+    assert "give another --history" in capsys.readouterr().err
 
 
 def test_a_model_is_fetched_with_progress_and_talks(tmp_path):
