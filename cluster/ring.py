@@ -12,12 +12,10 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NoReturn
 
 from ..quant.gguf import ModelFile
 from ..runtime.engine import Batch, Logits
-from ..runtime.errors import ContextFull, DecodeFailed, StateError
+from ..runtime.errors import ContextFull, DecodeFailed
 from .background import Background
 from .codec import ROW_TYPES, pack_rows, pack_spans, unpack_rows
 from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
@@ -316,12 +314,6 @@ class RingEngine:
         self._issue(operation)
         if not self._flights:  # nothing has to come back first
             self._journal.absorb()
-
-    def save(self, sequence_id: int, tokens: list[int], path: Path) -> NoReturn:
-        raise StateError(f"{path}: the cache of a ring lies on several machines and is not saved; use one machine")
-
-    def restore(self, sequence_id: int, path: Path) -> NoReturn:
-        raise StateError(f"{path}: the cache of a ring lies on several machines and is not restored; use one machine")
 
     def close(self) -> None:
         """Leave the nodes idle and free everything; closing twice does nothing."""

@@ -6,15 +6,14 @@ without changing it:
 - several rows of logits for one sequence (lossless speculation): `Span.n_logits` already asks for any number;
 - embeddings in place of tokens (continuous thinking): a second kind of span with an `(n, n_embd)` array where
   `Span` has ids; the loop's `Blend` action would make one, all else in the batch stays;
-- hidden states on request: a method beside `decode` that returns the `(n_rows, n_embd)` array of the batch just
-  decoded, since the rows are in the same order as the logits;
+- hidden states on request: a method beside `collect` that returns the `(n_rows, n_embd)` array of the batch just
+  collected, since the rows are in the same order as the logits;
 - batches under way: `submit` and `collect` are apart, so a ring of machines works on several batches at once; one
   machine evaluates at `submit`;
 - a second model: a second `Engine` held by whoever runs both; no engine knows of another.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -77,14 +76,6 @@ class Engine(Protocol):
 
     def rewind(self, sequence_id: int, n_tokens: int) -> None:
         """Forget all but the first `n_tokens` of a sequence; 0 drops it."""
-        ...
-
-    def save(self, sequence_id: int, tokens: list[int], path: Path) -> None:
-        """Write a sequence's cache and its tokens to a file."""
-        ...
-
-    def restore(self, sequence_id: int, path: Path) -> list[int]:
-        """Read a file written by `save` into an empty sequence; return its tokens."""
         ...
 
     def close(self) -> None:

@@ -2,13 +2,16 @@
 
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from localreason.runtime.engine import Batch, Logits
 from localreason.runtime.errors import ContextFull
 
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 Next = Callable[[list[int]], int | dict[int, float]]
 """From the tokens of a sequence to the token that follows, or to logits by id (the rest at -20)."""
 
@@ -135,12 +138,6 @@ class ScriptedEngine:
 
     def close(self) -> None:
         pass
-
-    def save(self, sequence_id: int, tokens: list[int], path: Path) -> None:
-        raise AssertionError("not scripted")
-
-    def restore(self, sequence_id: int, path: Path) -> list[int]:
-        raise AssertionError("not scripted")
 
 
 def script(tokenizer: ByteTokenizer, replies: dict[str, str], invisible: str = "\0") -> Next:
