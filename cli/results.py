@@ -46,7 +46,7 @@ class Row:
     correct: bool | None
     """Whether `answer` equals the problem's; null where the problem has none."""
     stop: str
-    """Why the reply ended: end, length, context, lost, repeating, cancelled, error."""
+    """Why the reply ended: end, length, context, lost, cancelled, error."""
     tokens: dict[str, int]
     """Tokens by kind: prompt, thinking, answer (both sampled), forced, hint, probe."""
     ignored_ends: int

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
@@ -17,7 +16,6 @@ class Background:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._running: list[Future[None]] = []
         self._thread = threading.Thread(target=self._loop.run_forever, name="ring", daemon=True)
         self._thread.start()
 
@@ -40,11 +38,6 @@ class Background:
     def call(self, function: Callable[..., object], *arguments: object) -> None:
         """Call a function on the loop, without waiting."""
         self._loop.call_soon_threadsafe(function, *arguments)
-
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Let a coroutine run beside the rest."""
-        # A task that nobody holds may be collected while it waits.
-        self._running.append(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
 
     def close(self) -> None:
         """Stop the loop; what still runs on it is cancelled."""

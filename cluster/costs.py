@@ -38,8 +38,6 @@ class ModelCosts:
     """Cells of the cache, of all sequences together."""
     output_bytes: int
     output_type: str
-    embedding_bytes: int
-    """The input table: mapped from the head's file and read one row per token, so neither held nor timed."""
     n_embd: int
     scratch_bytes: int = 0
     """Compute buffers, on every device, and on its GPU where layers are there."""

@@ -85,7 +85,6 @@ def model_costs(
         n_context=n_context,
         output_bytes=file.output.n_bytes,
         output_type=file.output.type_name,
-        embedding_bytes=file.embedding.n_bytes,
         n_embd=file.n_embd,
         scratch_bytes=4 * n_batch * (8 * file.n_embd + 3 * n_ff + file.n_vocab) + (32 << 20),
         n_read=min(n_context, N_READ),

@@ -44,8 +44,8 @@ class Noted:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A sequence ended: `end` (the model's own), `length`, `context`, `lost` (another sample won),
-    `repeating`, `cancelled`. `counters` maps each control's name to its counters."""
+    """A sequence ended: `end` (the model's own), `length`, `context`, `lost` (another sample won), or for the reason
+    that `Sequence.cancel` was given. `counters` maps each control's name to its counters."""
 
     sequence: Sequence
     reason: str

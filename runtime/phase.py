@@ -20,7 +20,6 @@ class PhaseTracker:
         self._has_answer = False
         self.phase = Phase.ANSWER
         self.n_blocks = 0
-        self.n_swallowed = 0
         self.closed_at: int | None = None
         self.closed_kept = ""
         self._read(prompt_tail, -1, is_final=True)
@@ -125,6 +124,4 @@ class PhaseTracker:
         elif tag in self._format.opens:
             self.phase = Phase.THINK
             self.n_blocks += 1
-        else:
-            self.n_swallowed += 1
         self._drop(len(tag))

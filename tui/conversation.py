@@ -42,7 +42,7 @@ class Stats:
     tokens_per_second: float = 0.0
     """Of all samples together, since the first token."""
     stop: str = ""
-    """`end`, `length`, `context`, `repeating`, `stopped`, `error`, or `interrupted`: it was never ended."""
+    """`end`, `length`, `context`, `stopped`, `error`, or `interrupted`: it was never ended."""
     model: str = ""
     preset: str = ""
     seed: int = 0

@@ -119,8 +119,7 @@ class Sample:
 
     @property
     def reason(self) -> str | None:
-        """Why it ended: `end`, `length`, `context`, `lost` (another won), `repeating`, `stopped`, `error`; None while
-        it runs."""
+        """Why it ended: `end`, `length`, `context`, `lost` (another won), `stopped`, `error`; None while it runs."""
         return self.sequence.finish
 
     def watch(self, request: Request, is_watching: Callable[[], bool], period_seconds: float) -> None:

@@ -26,7 +26,7 @@ def device(name="head", memory=100, speed=10.0, gpu=0, gpu_speed=0.0, disk=5.0, 
 
 def costs(layers=(10,) * 4, types=None, cache=1, n_context=2, output=5, **others):
     types = types or ("Q4_K",) * len(layers)
-    return ModelCosts(tuple(layers), tuple(types), cache, n_context, output, "Q6_K", 3, 1, **others)
+    return ModelCosts(tuple(layers), tuple(types), cache, n_context, output, "Q6_K", 1, **others)
 
 
 def random_case(seed, is_alike=False):
@@ -116,9 +116,7 @@ def best(values, key):
 def worked_example():
     """Section 3 of the reference; C's 0.3 GiB of swap count as memory, compute buffers are taken off."""
     mib, cell, n_cells = 1 << 20, 2048, 2048
-    model = ModelCosts(
-        (200_000_000,) * 28, ("Q4_K",) * 28, cell, n_cells, 400_003_000, "Q6_K", 300_000_000, 1, value_bytes=1
-    )
+    model = ModelCosts((200_000_000,) * 28, ("Q4_K",) * 28, cell, n_cells, 400_003_000, "Q6_K", 1, value_bytes=1)
 
     def machine(name, gflops, ram_bandwidth, memory, **others):
         layer, output = 0.6 / gflops + 0.2 / ram_bandwidth, 0.8 / gflops + 0.400003 / ram_bandwidth

@@ -15,7 +15,6 @@ from .turn import Turn
 _ENDS = {
     "length": "cut at its limit of tokens",
     "context": "the context is full",
-    "repeating": "ended for repeating itself",
     "stopped": "stopped",
     "error": "ended by an error",
     "interrupted": "interrupted",
