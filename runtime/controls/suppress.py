@@ -1,9 +1,10 @@
 """Certainty-guided reflection suppression: the surer the model is of its tentative answer, the rarer its `Wait`.
 
 Source: CGRS, arXiv 2508.05337 (no public code; formulas from a digest, see the README). Where we deviate: the probe
-text ends in an opening brace, so that the certain brace does not count as answer; a minimum gap between probes; the
-probe runs in the same batch as the main sequence, which keeps its old probability until the probe has ended;
-lower-case triggers only on request, since ` but` is an ordinary conjunction.
+text ends in an opening brace, so that the certain brace does not count as answer, and begins on a new line inside code
+or an open formula; a minimum gap between probes; the probe runs in the same batch as the main sequence, which keeps its
+old probability until the probe has ended; a token that another control forces sets the probability to 0 until the next
+probe; lower-case triggers only on request, since ` but` is an ordinary conjunction.
 """
 
 from collections.abc import Iterable
