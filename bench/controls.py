@@ -4,7 +4,9 @@
     python bench/controls.py out/safe.jsonl out/fast.jsonl --out bench/results/controls-gsm8k.json
 
 A configuration counts up to the first problem of the task that it has not run, since the order in which problems end is
-no fair choice; its difference is to the same problems of the first configuration. The last line is JSON.
+no fair choice; its difference is to the same problems of the first configuration. `right` and `sampled_tokens` have one
+digit and one number for each row, in the order of the problems, from which intervals and p can be computed again. The
+last line is JSON.
 """
 
 import argparse
@@ -53,6 +55,8 @@ def condense(rows: Sequence[Row], baseline: Sequence[Row], before: Sequence[Row]
         "mean_probe_tokens": round(found.probe, 1),
         "mean_injected_tokens": round(found.injected, 1),
         "derived_rows": n_derived,
+        "right": "".join(str(int(bool(row.correct))) for row in rows),
+        "sampled_tokens": " ".join(str(n_sampled(row)) for row in rows),
         "seconds_per_problem": None if n_derived else round(found.seconds, 2),
         "tokens_per_second": None if n_derived else round(found.tokens_per_second, 1),
     }
