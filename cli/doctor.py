@@ -91,9 +91,8 @@ def _machine(device: "Device", home: "Home") -> list[dict[str, Any]]:
 
 async def _network(home: "Home", named: tuple[str, ...]) -> list[dict[str, Any]]:
     from ..cluster.codec import PROTOCOL
-    from ..cluster.discovery import Announcement, announce, browse, useful_addresses
+    from ..cluster.discovery import DEFAULT_PORT, Announcement, announce, browse, useful_addresses
     from ..cluster.errors import ClusterError
-    from ..cluster.home import DEFAULT_PORT
     from .ring import LOOK_SECONDS
 
     addresses = useful_addresses()

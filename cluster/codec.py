@@ -17,6 +17,8 @@ LONGEST_MESSAGE = 32 << 20
 """Bytes; a larger message ends its stream before it is read."""
 ROW_TYPES = {"f32": wire.F32, "f16": wire.F16, "i8": wire.I8}
 _DTYPES = {wire.F32: np.dtype("<f4"), wire.F16: np.dtype("<f2"), wire.I8: np.dtype("i1")}
+VALUE_BYTES = {name: _DTYPES[kind].itemsize for name, kind in ROW_TYPES.items()}
+"""Bytes of one number of an activation on the wire."""
 
 
 def pack_rows(rows: NDArray[np.float32], row_type: wire.RowType) -> wire.Rows:

@@ -20,7 +20,6 @@ from .member import STRANGER, UNTRUSTED, Address, Member
 from .store import Store
 from .wire import ring_pb2 as wire
 
-DEFAULT_PORT = 7411
 MOST_CLOCK_SECONDS = 86_400
 """Certificates are valid from a day before they were made."""
 _LIMIT_SHARE = 0.5

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..quant.gguf import ModelFile
 from ..runtime.room import cell_bytes
+from .codec import VALUE_BYTES
 from .costs import Links, ModelCosts
 from .device import Device
 from .formation import HEAD, Assignment, Placement
@@ -13,7 +14,6 @@ from .plan import ROUNDS, Objective, Plan, plan
 
 HEAD_NAME = "head"
 """The head's name among devices."""
-_VALUE_BYTES = {"f32": 4, "f16": 2, "i8": 1}
 N_PROMPT = 512
 """Tokens of a prompt by which plans for prompts are compared."""
 N_READ = 1024
@@ -88,7 +88,7 @@ def model_costs(
         n_embd=file.n_embd,
         scratch_bytes=4 * n_batch * (8 * file.n_embd + 3 * n_ff + file.n_vocab) + (32 << 20),
         n_read=min(n_context, N_READ),
-        value_bytes=_VALUE_BYTES[row_type],
+        value_bytes=VALUE_BYTES[row_type],
         barred=barred,
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .errors import OutOfMemory
 from .header import Header
 from .memory import N_PADDED, Usage, is_cache_possible, split_usage, token_bytes
+from .native import CACHE_TYPES
 
 RESERVE_BYTES = 512 << 20
 """Left to the rest of the machine, and on each GPU to its driver, where the size of the cache is our choice."""
@@ -90,7 +91,7 @@ class _Place:
         self.wish = wish
         self.free = free
         self._repacked = repacked
-        self.per_cell = {kind: token_bytes(header, kind) for kind in ("f16", "q8_0", "q4_0")}
+        self.per_cell = {kind: token_bytes(header, kind) for kind in CACHE_TYPES}
         is_packable = bool(self.per_cell["f16"]) and is_cache_possible(header, "q8_0")
         self.kinds = [wish.cache_type] if wish.cache_type else ["f16", "q8_0"] if is_packable else ["f16"]
         self.n_layers = 1 + max((_block(entry.name) for entry in header.tensors), default=0)
