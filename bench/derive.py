@@ -177,6 +177,7 @@ class Continued(Model):
     """A model that thinks what rows say until something was forced, and what it samples from there on."""
 
     def know(self, rows: list[Row]) -> None:
+        # A budget may leave one alone that ends close to it; then the end that was sampled counts.
         end = next(token for token in range(self.tokenizer.n_vocab) if self.tokenizer.is_end(token))
         self.recorded = {
             row.id: self.tokenizer.encode(row.thinking) + [end] * row.counters["budget"]["closed_at_end"]
@@ -226,6 +227,10 @@ def derive_budget(rows: list[Row], one: Configuration, model: Continued, judge: 
         if is_untouched(row, one):
             counters = row.counters if wanted is not None else {}
             yield replace(row, counters=counters, recipe=one.recipe.describe(), trace=None)
+        elif wanted is None:  # it ended inside the thinking, and nothing leads it to an answer
+            nothing = {"text": "", "answer": None, "correct": False, "stop": "end", "is_unclosed": True}
+            tokens = {**row.tokens, "answer": 0, "forced": 0}
+            yield replace(row, **nothing, tokens=tokens, counters={}, recipe=one.recipe.describe(), trace=None)
         else:
             touched.setdefault(row.repeat, []).append(row)
     for each in touched.values():
