@@ -17,8 +17,8 @@ from .config import Config
 from .interrupt import Interrupts
 from .main import ExitCode
 from .render import row_line, safe
-from .results import Printed, Results, Row, Sink
-from .row import make_row
+from .results import Printed, Results, Sink
+from .row import Row, make_row
 
 if TYPE_CHECKING:
     from ..runtime.model import Recipe

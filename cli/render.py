@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from .results import Row
+from .row import Row
 
 if TYPE_CHECKING:
     from ..runtime.events import Event

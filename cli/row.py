@@ -1,13 +1,89 @@
-"""A runtime result as a row of a results file, graded where the right answer is known."""
+"""A row of a results file: its schema, how it comes of a runtime result, and how it is read again."""
 
-from dataclasses import asdict
+import hashlib
+import json
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.errors import OutputError
 from .problems import Problem
-from .results import SCHEMA, Row, problem_hash
 
 if TYPE_CHECKING:
     from ..runtime.model import Result
+
+SCHEMA = 1
+"""A change of meaning gets a new number."""
+_START = b'{"schema": 1, "id": '
+_HEADER_START = b'{"schema": 1, "header": '
+"""How each line begins: half a line that does not is none of ours and is left alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a results file."""
+
+    schema: int
+    """1; a change of meaning gets a new number."""
+    id: str
+    """The problem's id, or the number of its line."""
+    problem_hash: str
+    """SHA-256 of the problem's text in UTF-8."""
+    answer: str | None
+    """The answer taken from `text`; null where none was found."""
+    text: str
+    """The visible reply."""
+    thinking: str
+    """The text of the thinking."""
+    correct: bool | None
+    """Whether `answer` equals the problem's; null where the problem has none."""
+    stop: str
+    """Why the reply ended: end, length, context, lost, cancelled, error."""
+    tokens: dict[str, int]
+    """Tokens by kind: prompt, thinking, answer (both sampled), forced, hint, probe."""
+    ignored_ends: int
+    """How many times the end of thinking was ignored (control budget)."""
+    suppressed_steps: int
+    """Steps in which reflection words were banned (control suppress)."""
+    counters: dict[str, dict[str, int | float]]
+    """The counters of every control, by its name."""
+    seconds: float
+    """From the start of the problem to its end, others in between."""
+    seed: int
+    """The seed of the run; a problem's samples derive theirs from it."""
+    model: dict[str, str]
+    """The model file's `name` and `sha256` (of its first part, where it is split)."""
+    recipe: dict[str, Any]
+    """What else shaped the answer: controls with all parameters, sampling, seed, limits, format."""
+    error: str | None = None
+    """Why the problem could not be run; null where it was. A later run tries such a row again."""
+    problem: str = ""
+    """The problem's text."""
+    gold: str | None = None
+    """The right answer, where it is known."""
+    repeat: int = 0
+    """Which of several attempts at the problem, each with a seed of its own."""
+    is_unclosed: bool = False
+    """Whether the reply ended inside the thinking."""
+    wall_seconds: float = 0.0
+    """Seconds since the run's row before this one; their sum is the time that the run took."""
+    trace: list[list[Any]] | None = None
+    """What happened, step by step, where `--trace` asked for it; see trace.py."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells the rows of a file apart."""
+        return self.id, self.repeat
+
+
+def problem_hash(text: str) -> str:
+    """What `Row.problem_hash` holds."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def to_line(row: Row) -> str:
+    """The row as one line of JSON, its keys in the order of the schema."""
+    return json.dumps(asdict(row), ensure_ascii=False) + "\n"
 
 
 def make_row(
@@ -49,3 +125,34 @@ def _grade(result: "Result", gold: str | None) -> bool | None:
     if gold is None or result.error is not None:
         return None
     return result.answer is not None and is_equal(result.answer, gold)
+
+
+def read_rows(data: bytes, path: Path) -> tuple[dict[str, Any] | None, list[Row], int]:
+    """The header if there is one, the rows, and how many bytes of the data are sound; half a last line is passed over.
+    Raises OutputError for a file that is not ours."""
+    header: dict[str, Any] | None = None
+    rows: list[Row] = []
+    n_sound = 0
+    lines = data.splitlines(keepends=True)
+    needed = [item.name for item in fields(Row) if item.default is MISSING]
+    extra = {item.name: item.default for item in fields(Row) if item.default is not MISSING}
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            if value["schema"] != SCHEMA:
+                raise OutputError(
+                    f"{path} line {number} has schema {value['schema']}, this version writes {SCHEMA}; give another -o"
+                )
+            if number == 1 and "header" in value:
+                header = dict(value["header"])
+            else:
+                kept = {name: value.get(name, default) for name, default in extra.items()}
+                rows.append(Row(**{name: value[name] for name in needed}, **kept))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            is_ours = any(line.startswith(start) or start.startswith(line) for start in (_START, _HEADER_START))
+            is_half = is_ours or not line.strip(b"\0")
+            if number == len(lines) and is_half and not line.endswith(b"\n"):
+                break
+            raise OutputError(f"{path} line {number} is not a result of ours; give another -o") from error
+        n_sound += len(line)
+    return header, rows, n_sound

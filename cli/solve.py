@@ -127,8 +127,7 @@ def _solve_one(
     if not is_quiet and not is_json:
         build.warn(path, settings)
     from .render import Stream, summary
-    from .results import to_line
-    from .row import make_row
+    from .row import make_row, to_line
 
     stream = Stream(is_thinking_shown=not is_quiet)
     started = time.perf_counter()

@@ -11,7 +11,7 @@ from ..runtime.errors import InputError
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from .results import Row
+    from .row import Row
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -52,7 +52,7 @@ def trace(
 
 
 def _find(path: Path, id: str, repeat: int) -> "Row":
-    from .results import read_rows
+    from .row import read_rows
 
     try:
         rows = read_rows(path.read_bytes(), path)[1]

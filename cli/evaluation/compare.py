@@ -7,7 +7,7 @@ from typing import Any
 
 from ...quant.paired import Difference
 from ...runtime.errors import InputError
-from ..results import Row, read_rows
+from ..row import Row, read_rows
 from .statistics import Pair, Summary, pair, summarise
 
 

@@ -21,8 +21,8 @@ from ..interrupt import Interrupts
 from ..main import ExitCode
 from ..problems import BadRow, Problem
 from ..render import row_line, safe
-from ..results import Results, Row
-from ..row import make_row
+from ..results import Results
+from ..row import Row, make_row
 from .configuration import SEED_STEP, Configuration
 from .graders import Reply
 from .judge import Judge

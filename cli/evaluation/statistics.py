@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...quant.paired import Difference, bootstrap, mcnemar
 from ...runtime.errors import InputError
-from ..results import Row
+from ..row import Row
 
 
 @dataclass(frozen=True, slots=True)
