@@ -111,7 +111,7 @@ def run_task(
     cluster: Annotated[bool | None, config.flag("cluster", "--cluster/--no-cluster")] = None,
     peers: Annotated[list[str] | None, config.flag("peers", "--peer", show="HOST:PORT")] = None,
     insist: Annotated[bool, typer.Option("--insist", help="Run controls that contradict each other.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Go on with results of another model or recipe.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run results of another run anew.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the table and errors.")] = False,
     is_json: Json = False,
 ) -> None:

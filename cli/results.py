@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +18,8 @@ from .problems import Problem
 from .row import SCHEMA, Row, problem_hash, read_rows, to_line
 
 _SYNC_SECONDS = 1.0
-_REMEDY = "give another -o, or --force to go on all the same"
+_SHARED = ("task", "machine")
+"""What may change in a header while its rows still stand: more problems, and where they are run."""
 
 
 class Sink(Protocol):
@@ -51,7 +51,9 @@ class Printed:
 
 class Results:
     """A results file opened for appending, locked against a second writer. A `header` becomes its first line, and what
-    stands there must be the same. Raises OutputError."""
+    stands there must be the same. Where that is forced, rows of another header are made anew, since the first line
+    would not be true of them; without a header each row tells its own model and recipe, and stays. Raises
+    OutputError."""
 
     def __init__(
         self,
@@ -67,6 +69,8 @@ class Results:
         self.path = path
         self._header = None if header is None else json.loads(json.dumps(header))
         self.done: dict[tuple[str, int], Row] = {}
+        self.n_dropped = 0
+        """Sound rows that did not stand for what is run now, and are gone."""
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} is not a regular file; give another -o")
         if not path.parent.is_dir():
@@ -133,18 +137,24 @@ class Results:
         data = self.path.read_bytes()
         header, rows, n_sound = read_rows(data, self.path)
         self._n_bytes = n_sound
-        wanted = {problem.id: problem_hash(problem.text) for problem in problems}
+        if (rows or header is not None) and (header is None) != (self._header is None):
+            whose = "an evaluation" if header is not None else "a run of `localreason solve`"
+            raise OutputError(f"{self.path} holds results of {whose}; give another -o")
+        wanted = {problem.id: problem for problem in problems}
         if not is_forced:
-            if (rows or header is not None) and (header is None) != (self._header is None):
-                whose = "an evaluation" if header is not None else "a run of `localreason solve`"
-                raise OutputError(f"{self.path} holds results of {whose}; give another -o")
             for row in rows:
-                _refuse_difference(row, wanted, model, recipe, self.path)
+                self._refuse_difference(row, wanted.get(row.id), model, recipe)
             if header is not None and self._header is not None and "machine" in header:
                 self._header["machine"] = header["machine"]  # that on which the run began; it may go on elsewhere
             if header is not None and header != self._header:
-                raise _other(self.path, "evaluation", difference(header, self._header))
-        kept = list({row.key: row for row in rows if _is_kept(row, wanted)}.values())
+                raise self._other("evaluation", difference(header, self._header))
+        sound = [row for row in rows if row.error is None or row.id not in wanted]
+        standing = [row for row in sound if not _has_changed(row, wanted.get(row.id))]
+        if self._header is not None:
+            is_same = header is None or _is_same_run(header, self._header)
+            standing = [row for row in standing if is_same and (row.model, row.recipe) == (model, recipe)]
+        self.n_dropped = len(sound) - len(standing)
+        kept = list({row.key: row for row in standing}.values())
         start = "" if self._header is None else json.dumps({"schema": SCHEMA, "header": self._header}) + "\n"
         try:
             if len(kept) < len(rows) or (self._header is not None and header != self._header):
@@ -157,6 +167,26 @@ class Results:
         except OSError as error:
             raise _unwritable(self.path, error) from error
         self.done = {row.key: row for row in kept}
+
+    def _refuse_difference(
+        self, row: Row, problem: Problem | None, model: dict[str, str], recipe: dict[str, Any]
+    ) -> None:
+        if row.model["sha256"] != model["sha256"]:
+            theirs, ours = row.model["name"], model["name"]
+            raise OutputError(f"{self.path} holds results of the model {theirs}, not of {ours}; {self._remedy}")
+        if row.recipe != recipe:
+            raise self._other("recipe", difference(row.recipe, recipe))
+        if _has_changed(row, problem):
+            what = f"the text or the right answer of problem {row.id!r}"
+            raise OutputError(f"{self.path}: {what} has changed; give another -o, or --force to redo it")
+
+    def _other(self, what: str, where: str) -> OutputError:
+        return OutputError(f"{self.path} holds results of another {what}: {where}; {self._remedy}")
+
+    @property
+    def _remedy(self) -> str:
+        forced = "go on all the same" if self._header is None else "run them anew"
+        return f"give another -o, or --force to {forced}"
 
     def _replace(self, data: bytes) -> None:
         """New content in one step: a cut in between leaves the old file."""
@@ -172,24 +202,16 @@ class Results:
             self._file = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
 
 
-def _is_kept(row: Row, wanted: Mapping[str, str]) -> bool:
-    """False for rows that this run makes anew: they failed, or their problem has another text now."""
-    return row.id not in wanted or (row.error is None and wanted[row.id] == row.problem_hash)
+def _has_changed(row: Row, problem: Problem | None) -> bool:
+    """True where the row is of another text or right answer than the problem has now; rows of old may not tell it."""
+    if problem is None:
+        return False
+    return row.problem_hash != problem_hash(problem.text) or row.gold not in (None, problem.answer)
 
 
-def _refuse_difference(
-    row: Row, wanted: Mapping[str, str], model: dict[str, str], recipe: dict[str, Any], path: Path
-) -> None:
-    if row.model["sha256"] != model["sha256"]:
-        raise OutputError(f"{path} holds results of the model {row.model['name']}, not of {model['name']}; {_REMEDY}")
-    if row.recipe != recipe:
-        raise _other(path, "recipe", difference(row.recipe, recipe))
-    if wanted.get(row.id, row.problem_hash) != row.problem_hash:
-        raise OutputError(f"{path}: the text of problem {row.id!r} has changed; give another -o, or --force to redo it")
-
-
-def _other(path: Path, what: str, where: str) -> OutputError:
-    return OutputError(f"{path} holds results of another {what}: {where}; {_REMEDY}")
+def _is_same_run(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """True where rows under one header may stand under the other."""
+    return all(there.get(key) == here.get(key) for key in {**there, **here} if key not in _SHARED)
 
 
 def _unwritable(path: Path, error: BaseException) -> OutputError:

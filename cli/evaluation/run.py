@@ -100,7 +100,10 @@ def _open(plan: Plan, one: Configuration, todo: list[Problem], model: dict[str, 
         "versions": {name: version(name) for name in ("localreason", "llama-cpp-python", "math-verify")},
         "machine": describe_machine(),
     }
-    return Results(paths(plan)[one.name], todo, model, one.recipe.describe(), plan.is_forced, header)
+    found = Results(paths(plan)[one.name], todo, model, one.recipe.describe(), plan.is_forced, header)
+    if found.n_dropped:
+        tell(f"{found.n_dropped} rows of {found.path} were of another run, text or right answer; they are run anew")
+    return found
 
 
 def _usable(plan: Plan, judge: Judge) -> tuple[list[Problem], int]:

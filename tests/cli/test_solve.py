@@ -146,7 +146,9 @@ def test_another_recipe_is_refused_by_name_unless_forced(
     assert solve(name, "--model", model) == ExitCode.OK
     assert solve(name, "--model", model, "-c", "budget:max=5") == ExitCode.OUTPUT
     assert "max was 4096 and is now 5" in capfd.readouterr().err
-    assert solve(name, "--model", model, "-c", "budget:max=5", "--force") == ExitCode.OK
+    models: list[FakeModel] = []
+    assert solve(name, "--model", model, "-c", "budget:max=5", "--force", models=models) == ExitCode.OK
+    assert models == []  # a row of solve tells its own recipe, and is kept
 
 
 def test_another_model_is_refused(model: str, problems: Problems, capfd: pytest.CaptureFixture[str]):
@@ -162,6 +164,16 @@ def test_a_changed_problem_is_refused_and_redone_by_force(model: str, problems: 
     assert solve(problems("uno"), "--model", model) == ExitCode.OUTPUT
     assert solve(problems("uno"), "--model", model, "--force") == ExitCode.OK
     assert [row["problem_hash"] for row in rows("problems.results.jsonl")] == [problem_hash("uno")]
+
+
+def test_a_changed_right_answer_is_refused_and_graded_anew_by_force(
+    model: str, problems: Problems, capfd: pytest.CaptureFixture[str]
+):
+    assert solve(problems("one"), "--model", model) == ExitCode.OK
+    assert solve(problems("one", answer="8"), "--model", model) == ExitCode.OUTPUT
+    assert "the right answer of problem 'p0' has changed" in capfd.readouterr().err
+    assert solve(problems("one", answer="8"), "--model", model, "--force") == ExitCode.OK
+    assert [row["correct"] for row in rows("problems.results.jsonl")] == [False]
 
 
 @pytest.mark.parametrize("content", ["my notes\n", "my notes", '{"id": 1}\n', '{"schema": 9}\n', "[1]\n{}\n"])

@@ -121,12 +121,43 @@ def test_results_of_another_evaluation_are_left_alone(
     before = Path("problems.eval/safe.jsonl").read_text()
     if "--template" in args:
         assert run(name, "--model", model, *args) == ExitCode.OUTPUT
-        assert "the text of problem 'p0' has changed" in capfd.readouterr().err
+        assert "the text or the right answer of problem 'p0' has changed" in capfd.readouterr().err
     else:
         assert run(name, "--model", model, *args) == ExitCode.OUTPUT
         assert reason in capfd.readouterr().err
     assert Path("problems.eval/safe.jsonl").read_text() == before
     assert run(name, "--model", model, *args, "--force") == ExitCode.OK
+
+
+@pytest.mark.parametrize("args", [("--grader", "number"), ("--max-tokens", "25"), ("-c", "budget:max=9")])
+def test_force_runs_anew_what_was_run_otherwise(
+    model: str, problems: Problems, capfd: pytest.CaptureFixture[str], args: tuple[str, ...]
+):
+    name = problems("one", "two")
+    assert run(name, "--model", model) == ExitCode.OK
+    models: list[FakeModel] = []
+    assert run(name, "--model", model, *args, "--limit", "1", "--force", models=models) == ExitCode.OK
+    assert models[0].asked == ["p0"]
+    assert "2 rows of problems.eval/safe.jsonl were of another run" in capfd.readouterr().err
+    [header, row] = rows("problems.eval/safe.jsonl")
+    assert row["recipe"] == header["header"]["recipe"]
+    assert row["correct"] is ("number" in args)
+
+
+def test_force_runs_anew_what_has_another_right_answer_and_keeps_the_rest(
+    model: str, problems: Problems, home: Path, capfd: pytest.CaptureFixture[str]
+):
+    name = problems("one", "two")
+    assert run(name, "--model", model, "--grader", "number") == ExitCode.OK
+    lines = (home / name).read_text().splitlines(keepends=True)
+    (home / name).write_text("".join([lines[0].replace('"7"', '"8"'), *lines[1:], '{"problem": "x", "answer": 7}\n']))
+    assert run(name, "--model", model, "--grader", "number") == ExitCode.OUTPUT
+    assert "the text or the right answer of problem 'p0' has changed" in capfd.readouterr().err
+    models: list[FakeModel] = []
+    assert run(name, "--model", model, "--grader", "number", "--force", models=models) == ExitCode.OK
+    assert models[0].asked == ["p0", "3"]
+    graded = {row["id"]: (row["gold"], row["correct"]) for row in rows("problems.eval/safe.jsonl")[1:]}
+    assert graded == {"p0": ("8", False), "p1": ("7", True), "3": ("7", True)}
 
 
 def test_results_of_solve_are_not_gone_on_with(model: str, problems: Problems, capfd: pytest.CaptureFixture[str]):
@@ -138,6 +169,7 @@ def test_results_of_solve_are_not_gone_on_with(model: str, problems: Problems, c
     assert run(name, "--model", model, "-o", "mine") == ExitCode.OK
     assert main(["solve", name, "--model", model, "-o", "mine/safe.jsonl"], wiring()) == ExitCode.OUTPUT
     assert "results of an evaluation" in capfd.readouterr().err
+    assert main(["solve", name, "--model", model, "-o", "mine/safe.jsonl", "--force"], wiring()) == ExitCode.OUTPUT
 
 
 def test_rows_without_a_gold_answer_and_double_ids_are_told_and_left_out(
