@@ -114,7 +114,8 @@ COLUMNS = (
     "s each",
     "tokens/s",
 )
-"""`difference` is to the first configuration, in points; `p` is McNemar's."""
+"""`difference` is to the first configuration, in points; `p` is McNemar's. Of several samples `thinking`, `cut` and
+`unclosed` are of the chosen one, tokens that were sampled, injected or probed of all."""
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:

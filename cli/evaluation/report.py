@@ -17,6 +17,12 @@ svg{max-width:100%;height:auto}
 pre{white-space:pre-wrap;background:#f6f6f6;padding:.6rem;font-size:12px}
 .right{color:#14701f}.wrong{color:#a31515}
 """
+_LEGEND = (
+    "Intervals are of 95 % by a bootstrap over problems; the difference is to the first configuration, in points, on "
+    "the same problems; p is of McNemar's exact test. An interval without width means that all problems went alike, "
+    "not that nothing is left to chance. Of several samples of a problem, thinking, cut and unclosed are of the chosen "
+    "one; tokens that were sampled, injected or probed are of all."
+)
 _MOST_TEXT = 300
 _MOST_PROBLEMS = 200
 
@@ -28,11 +34,7 @@ def page(runs: Sequence[Run], notes: Sequence[str], has_plots: bool = True) -> s
     parts = [f"<h1>{_text(title)}</h1>", _about(runs)]
     parts += [f"<p>{_text(note)}.</p>" for note in notes]
     parts.append(_table(COLUMNS, table(runs)))
-    parts.append(
-        "<p>Intervals are of 95 % by a bootstrap over problems; the difference is to the first configuration, in "
-        "points, on the same problems; p is of McNemar's exact test. An interval without width means that all problems "
-        "went alike, not that nothing is left to chance.</p>"
-    )
+    parts.append(f"<p>{_LEGEND}</p>")
     if has_plots:
         parts += [f"<figure>{inline_svg(name, runs)}</figure>" for name in PLOTS]
     parts.append(_disagreements(runs))

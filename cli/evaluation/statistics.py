@@ -26,9 +26,10 @@ class Summary:
     accuracy: Difference
     """Its mean and interval; a reply without an answer is wrong."""
     cut: float
-    """Share of replies of which the thinking or the whole was cut by a limit."""
+    """Share of replies of which the thinking or the whole was cut by a limit; of the sample that was chosen."""
     unclosed: float
-    """Share of replies whose thinking the model did not close, nor a limit: it ended inside, or was closed for it."""
+    """Share of replies whose thinking the model did not close, nor a limit: it ended inside, or was closed for it; of
+    the sample that was chosen."""
     no_answer: float
     thinking: float
     """Sampled tokens of thinking, of the sample that was chosen."""
@@ -38,8 +39,9 @@ class Summary:
     sampled: Difference
     """All sampled tokens, thinking and answers of every sample, with the interval."""
     injected: float
-    """Tokens that controls wrote into the context, hints among them."""
+    """Tokens that controls wrote into the contexts of all samples, hints among them."""
     probe: float
+    """Tokens of tentative answers, of all samples."""
     seconds: float
     """Wall time of the run a row, others in flight beside it."""
     tokens_per_second: float
@@ -63,6 +65,12 @@ class Pair:
 def n_sampled(row: Row) -> int:
     """The sampled tokens of a row, of all its samples."""
     return int(row.counters.get("search", {}).get("sampled_tokens", row.tokens["thinking"] + row.tokens["answer"]))
+
+
+def n_unsampled(row: Row, kind: str) -> int:
+    """The forced, hint or probe tokens of a row, of all its samples; of the chosen one in rows of old, which tell no
+    other."""
+    return int(row.counters.get("search", {}).get(f"{kind}_tokens", row.tokens[kind]))
 
 
 def is_cut(row: Row) -> bool:
@@ -96,8 +104,8 @@ def summarise(rows: Iterable[Row]) -> Summary:
         thinking_right=_mean(right) if right else None,
         thinking_wrong=_mean(wrong) if wrong else None,
         sampled=bootstrap(_by_problem(ran, [n_sampled(row) for row in ran]), 0),
-        injected=_mean(row.tokens["forced"] + row.tokens["hint"] for row in ran),
-        probe=_mean(row.tokens["probe"] for row in ran),
+        injected=_mean(n_unsampled(row, "forced") + n_unsampled(row, "hint") for row in ran),
+        probe=_mean(n_unsampled(row, "probe") for row in ran),
         seconds=seconds / len(ran),
         tokens_per_second=sum(map(n_sampled, ran)) / seconds if seconds else 0.0,
     )

@@ -242,12 +242,28 @@ def test_a_model_without_a_template_ends_the_run_at_once(
     assert len(rows("problems.eval/safe.jsonl")) == 1
 
 
-def test_a_real_model_that_goes_on_gives_the_same_rows_and_a_trace(
-    home: Path, problems: Problems, capfd: pytest.CaptureFixture[str]
-):
-    name = problems("one", "two")
+@pytest.fixture
+def thinker(home: Path) -> Path:
+    """A tiny model that begins in its thinking."""
     thinking = TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
-    path = write_model(home / "tiny.gguf", values={"tokenizer.chat_template": thinking})
+    return write_model(home / "tiny.gguf", values={"tokenizer.chat_template": thinking})
+
+
+def test_a_search_counts_what_controls_wrote_into_every_sample(thinker: Path, problems: Problems):
+    args = ["--model", str(thinker), "--config", "vote=safe+budget:max=12+search:n=3,rule=majority,guard=no"]
+    args += ["--max-tokens", "40", "--context", "2048", "--trace", "-q", "--threads", "1"]
+    assert main(["eval", problems("one"), *args]) == ExitCode.OK
+    [row] = rows("problems.eval/vote.jsonl")[1:]
+    steps = row["trace"]
+    assert len({step[0] for step in steps if step[-1] == "forced"}) == 3
+    assert row["counters"]["search"]["forced_tokens"] == sum(step[-1] == "forced" for step in steps)
+    assert row["counters"]["search"]["forced_tokens"] > row["tokens"]["forced"] > 0
+
+
+def test_a_real_model_that_goes_on_gives_the_same_rows_and_a_trace(
+    thinker: Path, problems: Problems, capfd: pytest.CaptureFixture[str]
+):
+    name, path = problems("one", "two"), thinker
     args = [name, "--model", str(path), "-p", "safe", "-c", "budget:max=12", "--max-tokens", "40"]
     args += ["--context", "2048", "--trace", "-q", "--threads", "1"]
     assert main(["eval", *args, "-o", "a", "--limit", "1"]) == ExitCode.OK

@@ -38,6 +38,15 @@ def test_injected_tokens_and_probes_are_apart():
     assert (found.sampled.mean, found.injected, found.probe) == (5, 8, 7)
 
 
+def test_injected_tokens_and_probes_of_every_sample_count():
+    tokens = {"prompt": 1, "thinking": 4, "answer": 1, "forced": 3, "hint": 5, "probe": 7}
+    search = {"sampled_tokens": 100, "forced_tokens": 30, "hint_tokens": 50, "probe_tokens": 70}
+    found = summarise([row(tokens=tokens, counters={"search": search})])
+    assert (found.sampled.mean, found.injected, found.probe) == (100, 80, 70)
+    of_old = summarise([row(tokens=tokens, counters={"search": {"sampled_tokens": 100}})])
+    assert (of_old.sampled.mean, of_old.injected, of_old.probe) == (100, 8, 7)
+
+
 def test_thinking_that_a_control_closed_at_the_end_was_not_closed_by_the_model():
     assert is_unclosed(row(counters={"budget": {"closed_at_end": 1}}))
     assert not is_cut(row(counters={"budget": {"closed_at_end": 1, "cuts": 0}}))
