@@ -4,7 +4,8 @@ import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from ..runtime.errors import OutputError
 from .problems import Problem
@@ -17,6 +18,12 @@ SCHEMA = 1
 _START = b'{"schema": 1, "id": '
 _HEADER_START = b'{"schema": 1, "header": '
 """How each line begins: half a line that does not is none of ours and is left alone."""
+
+_TOKENS = ("prompt", "thinking", "answer", "forced", "hint", "probe")
+_MODEL = {"name": str, "sha256": str}
+_ORIGINS = ("sampled", "forced", "hint", "probe")
+_MOST = 1 << 63
+"""No count, seed or time is larger; what is cannot be counted with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,9 @@ def to_line(row: Row) -> str:
     return json.dumps(asdict(row), ensure_ascii=False) + "\n"
 
 
+_TYPES = get_type_hints(Row)
+
+
 def make_row(
     result: "Result",
     problem: Problem,
@@ -134,8 +144,6 @@ def read_rows(data: bytes, path: Path) -> tuple[dict[str, Any] | None, list[Row]
     rows: list[Row] = []
     n_sound = 0
     lines = data.splitlines(keepends=True)
-    needed = [item.name for item in fields(Row) if item.default is MISSING]
-    extra = {item.name: item.default for item in fields(Row) if item.default is not MISSING}
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
@@ -143,11 +151,11 @@ def read_rows(data: bytes, path: Path) -> tuple[dict[str, Any] | None, list[Row]
                 raise OutputError(
                     f"{path} line {number} has schema {value['schema']}, this version writes {SCHEMA}; give another -o"
                 )
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what cannot be written again is not ours
             if number == 1 and "header" in value:
-                header = dict(value["header"])
+                header = _header(value["header"])
             else:
-                kept = {name: value.get(name, default) for name, default in extra.items()}
-                rows.append(Row(**{name: value[name] for name in needed}, **kept))
+                rows.append(_row(value))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             is_ours = any(line.startswith(start) or start.startswith(line) for start in (_START, _HEADER_START))
             is_half = is_ours or not line.strip(b"\0")
@@ -156,3 +164,57 @@ def read_rows(data: bytes, path: Path) -> tuple[dict[str, Any] | None, list[Row]
             raise OutputError(f"{path} line {number} is not a result of ours; give another -o") from error
         n_sound += len(line)
     return header, rows, n_sound
+
+
+def _header(value: Any) -> dict[str, Any]:
+    """Raises KeyError and TypeError for what is no header."""
+    kinds = {"model": dict[str, str], "recipe": dict[str, Any]}
+    others = {"configuration": str, "task": dict[str, Any], "grader": str, "versions": dict[str, str]}
+    if not _is_a(value, dict[str, Any]):
+        raise TypeError("a header is an object")
+    _check(value, kinds | {name: kind for name, kind in others.items() if name in value})
+    _check(value["model"], _MODEL)
+    return value
+
+
+def _row(value: dict[str, Any]) -> Row:
+    """Raises KeyError and TypeError for what is no row; fields that came later may be missing."""
+    names = [item.name for item in fields(Row) if item.default is MISSING or item.name in value]
+    row = Row(**{name: value[name] for name in names})
+    _check({name: getattr(row, name) for name in _TYPES}, _TYPES)
+    _check(row.model, _MODEL)
+    _check(row.tokens, dict.fromkeys(_TOKENS, int))
+    _check(row.counters.get("search", {}), dict.fromkeys(row.counters.get("search", {}), int))
+    if not all(_is_step(step) for step in row.trace or ()):
+        raise TypeError("a step of the trace is none of ours")
+    return row
+
+
+def _check(values: dict[str, Any], kinds: dict[str, Any]) -> None:
+    """Raises KeyError and TypeError where a value is not of its kind, or too large to count with."""
+    for name, kind in kinds.items():
+        value = values[name]
+        if not _is_a(value, kind) or (isinstance(value, int | float) and abs(value) > _MOST):
+            raise TypeError(f"{name} is not of {kind}")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """True where a value of JSON is of an annotated kind; a boolean is no number, a whole number may be a float."""
+    parts = get_args(kind)
+    if kind is Any:
+        return True
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, part) for part in parts)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, parts[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_is_a(item, parts[1]) for item in value.values())
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _is_step(step: list[Any]) -> bool:
+    """True for a step as trace.py keeps it."""
+    sample, kind, *texts = step if len(step) > 2 else (None, None)
+    if type(sample) is not int or not all(isinstance(text, str) for text in texts):
+        return False
+    return (kind == "note" and len(texts) == 2) or (kind == "token" and len(texts) == 3 and texts[2] in _ORIGINS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from localreason.cli.main import ExitCode, main
+from localreason.cli.row import to_line
 from localreason.quant.traces import read_traces
 from tests.cli.evaluation.samples import MODEL, row, write
 
@@ -124,6 +125,54 @@ def test_the_report_needs_nothing_else_and_shows_text_as_text(home: Path):
     assert names == plots | {"report.html", "report.md", "report.json"}
     assert Path("report/accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "$x$" in Path("report/accuracy.svg").read_text()
+
+
+def _broken(**changes: object) -> str:
+    return json.dumps({**json.loads(to_line(row("p1"))), **changes}) + "\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        _broken(tokens="abc"),
+        _broken(tokens={}),
+        _broken(tokens={**row().tokens, "thinking": None}),
+        _broken(tokens={**row().tokens, "thinking": 10**400}),
+        _broken(counters=None),
+        _broken(counters={"search": {"sampled_tokens": "many"}}),
+        _broken(correct="no"),
+        _broken(wall_seconds=float("nan")),
+        _broken(wall_seconds=1e308),
+        _broken(recipe={"x": float("inf")}),
+        _broken(model={"name": "x"}),
+        _broken(answer="\ud800"),
+        _broken(repeat=True),
+        _broken(trace=[[0, "token", "x", "think", "guessed"]]),
+        _broken(trace=[[0, "token"]]),
+    ],
+)
+def test_a_row_that_is_none_of_ours_is_refused_with_its_line(home: Path, capsys: pytest.CaptureFixture[str], line: str):
+    path = sample(home)
+    with Path(path).open("a") as file:
+        file.write(line)
+    assert compare(path, "--json") in (ExitCode.INPUT, ExitCode.OUTPUT)
+    assert f"{path} line 8 is not a result of ours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "header", [[], {}, {"model": {}, "recipe": {}}, {"model": MODEL, "recipe": {}, "task": "sums"}]
+)
+def test_a_header_that_is_none_of_ours_is_refused(home: Path, capsys: pytest.CaptureFixture[str], header: object):
+    (home / "r.jsonl").write_text(json.dumps({"schema": 1, "header": header}) + "\n" + to_line(row()))
+    assert compare("r.jsonl") in (ExitCode.INPUT, ExitCode.OUTPUT)
+    assert "r.jsonl line 1 is not a result of ours" in capsys.readouterr().err
+
+
+def test_rows_of_before_lack_what_came_later(home: Path, capsys: pytest.CaptureFixture[str]):
+    later = ("problem", "gold", "repeat", "is_unclosed", "wall_seconds", "trace")
+    old = {name: value for name, value in json.loads(to_line(row())).items() if name not in later}
+    (home / "r.jsonl").write_text(json.dumps(old) + "\n")
+    assert compare("r.jsonl") == ExitCode.OK
 
 
 def test_without_plots_matplotlib_is_not_needed(home: Path):
