@@ -196,13 +196,13 @@ def _print(runs: "list[Run]", notes: list[str], is_json: bool, is_markdown: bool
 
 def _write(folder: Path, runs: "list[Run]", notes: list[str], has_plots: bool) -> None:
     """The report in all its forms."""
-    from .evaluation.compare import as_markdown, as_values, table
+    from .evaluation.compare import as_markdown, as_paragraph, as_values, table
     from .evaluation.plots import write_plots
     from .evaluation.report import page
 
     written = {
         "report.html": page(runs, notes, has_plots),
-        "report.md": "\n\n".join([as_markdown(table(runs)), *notes]) + "\n",
+        "report.md": "\n\n".join([as_markdown(table(runs)), *map(as_paragraph, notes)]) + "\n",
         "report.json": json.dumps(as_values(runs, notes), indent=1, allow_nan=False) + "\n",
     }
     try:

@@ -1,5 +1,6 @@
 """Results side by side: what may be compared, and the table of it."""
 
+import html
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from ...quant.paired import Difference
 from ...runtime.errors import InputError
+from ..render import safe
 from ..row import Row, read_rows
 from .statistics import Pair, Summary, pair, summarise
 
@@ -62,7 +64,12 @@ def _read(argument: str) -> tuple[str, dict[str, Any], list[Row]]:
     if not rows:
         raise InputError(f"{path} holds no rows yet; run the evaluation first")
     header = header or {"model": rows[0].model, "recipe": rows[0].recipe}
-    return (name if str(path) == rest else str(header.get("configuration", path.stem))), header, rows
+    return _name(name if str(path) == rest else header.get("configuration", path.stem)), header, rows
+
+
+def _name(text: str) -> str:
+    """A name that a table, a page and a picture can show: printable, in one line."""
+    return " ".join("".join(each if each.isprintable() else " " for each in safe(text)).split())
 
 
 _Side = tuple[str, dict[str, Any], list[Row]]
@@ -166,13 +173,18 @@ def as_text(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> 
 
 
 def as_markdown(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
-    """The same as a table of Markdown."""
+    """The same as a table of Markdown, in which all text is text."""
     lines = [_line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
     return "\n".join(lines)
 
 
+def as_paragraph(text: str) -> str:
+    """A text as one paragraph of Markdown, without markup of its own."""
+    return html.escape(" ".join(text.split()), quote=False)
+
+
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(as_paragraph(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def as_values(runs: Sequence[Run], notes: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ _SIZE_INCHES = (7.2, 4.4)
 _N_BINS = 24
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^"
+_ID = re.compile(r"""(\bid="|href="#|url\(#)""")
+"""What an id stands behind in a tag of SVG."""
 
 
 def _accuracy(axes: "Axes", runs: Sequence[Run]) -> None:
@@ -112,14 +115,16 @@ def _matplotlib(salt: str) -> Iterator[Any]:
     except ImportError as error:
         raise InputError('plots need matplotlib; run pip install "localreason[eval]", or give --no-plots') from error
     settings: Any = {"text.parse_math": False, "svg.hashsalt": f"localreason {salt}", "svg.fonttype": "none"}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # of a name in letters that the font lacks
         yield Figure
 
 
 def inline_svg(name: str, runs: Sequence[Run]) -> str:
-    """A plot as an element of an HTML page: no prologue, no metadata, nothing that is fetched."""
+    """A plot as an element of an HTML page: no prologue, no metadata, nothing that is fetched, ids of its own."""
     text = draw(name, runs, "svg").decode("utf-8")
-    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r"<[^>]*>", lambda tag: _ID.sub(rf"\1{name}-", tag.group()), text)
 
 
 def write_plots(folder: Path, runs: Sequence[Run]) -> list[Path]:

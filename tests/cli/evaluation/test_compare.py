@@ -2,6 +2,7 @@
 
 import json
 import re
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -101,10 +102,12 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: set[str] = set()
         self.addresses: list[str] = []
+        self.ids: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.addresses += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
 
 
 def test_the_report_needs_nothing_else_and_shows_text_as_text(home: Path):
@@ -117,7 +120,9 @@ def test_the_report_needs_nothing_else_and_shows_text_as_text(home: Path):
     page.feed(text)
     assert "script" not in page.tags
     assert {"svg", "table", "h1"} <= page.tags
-    assert all(address.startswith("#") for address in page.addresses)
+    assert len(set(page.ids)) == len(page.ids)
+    assert {address.removeprefix("#") for address in page.addresses} <= set(page.ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(page.ids)
     assert not re.search(r"url\((?!#)", text)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     names = {path.name for path in Path("report").iterdir()}
@@ -125,6 +130,18 @@ def test_the_report_needs_nothing_else_and_shows_text_as_text(home: Path):
     assert names == plots | {"report.html", "report.md", "report.json"}
     assert Path("report/accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "$x$" in Path("report/accuracy.svg").read_text()
+
+
+def test_a_name_is_one_printable_line_wherever_it_is_shown(home: Path, capsys: pytest.CaptureFixture[str]):
+    name = "a\x01\x1b[31m\n<script>\ufffe|思考"
+    first = sample(home, configuration=name, model={**MODEL, "name": "<b>\n\nx"})
+    other = write(home / "other.jsonl", [row("p0", model={"name": "large", "sha256": "f" * 64})])
+    assert compare(first, other, "-o", "report", "--across-models") == ExitCode.OK
+    assert re.search(r"^configuration +a <script> \|思考 +other$", capsys.readouterr().out, re.MULTILINE)
+    lines = Path("report/report.md").read_text().splitlines()
+    assert lines[2].startswith("| a &lt;script&gt; \\|思考 | 6 |")
+    assert not any("<" in line for line in lines)
+    assert "a <script> |思考" in ET.parse("report/accuracy.svg").getroot().itertext()
 
 
 def _broken(**changes: object) -> str:
