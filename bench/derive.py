@@ -33,8 +33,7 @@ from localreason.cli.evaluation.configuration import Configuration, make_configu
 from localreason.cli.evaluation.graders import Reply
 from localreason.cli.evaluation.judge import Judge
 from localreason.cli.problems import Problem
-from localreason.cli.results import Row, read_rows, to_line
-from localreason.cli.row import make_row
+from localreason.cli.row import Row, make_row, read_rows, to_line
 from localreason.runtime.decode import Request
 from localreason.runtime.llama import EngineOptions
 from localreason.runtime.model import Answered, Model, Question

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..runtime.errors import OutputError
 from .difference import difference
 from .problems import Problem
-from .row import SCHEMA, Row, problem_hash, read_rows, to_line
+from .row import SCHEMA, Row, parse_rows, problem_hash, to_line
 
 _SYNC_SECONDS = 1.0
 _SHARED = ("task", "machine")
@@ -135,7 +135,10 @@ class Results:
 
     def _resume(self, problems: list[Problem], model: dict[str, str], recipe: dict[str, Any], is_forced: bool) -> None:
         data = self.path.read_bytes()
-        header, rows, n_sound = read_rows(data, self.path)
+        try:
+            header, rows, n_sound = parse_rows(data)
+        except ValueError as error:
+            raise OutputError(f"{self.path} {error}; give another -o") from error
         self._n_bytes = n_sound
         if (rows or header is not None) and (header is None) != (self._header is None):
             whose = "an evaluation" if header is not None else "a run of `localreason solve`"

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from ..runtime.errors import OutputError
+from ..runtime.errors import InputError
 from .problems import Problem
 
 if TYPE_CHECKING:
@@ -139,7 +139,15 @@ def _grade(result: "Result", gold: str | None) -> bool | None:
 
 def read_rows(data: bytes, path: Path) -> tuple[dict[str, Any] | None, list[Row], int]:
     """The header if there is one, the rows, and how many bytes of the data are sound; half a last line is passed over.
-    Raises OutputError for a file that is not ours."""
+    Raises InputError for a file that is not ours."""
+    try:
+        return parse_rows(data)
+    except ValueError as error:
+        raise InputError(f"{path} {error}; give a results file of `localreason`") from error
+
+
+def parse_rows(data: bytes) -> tuple[dict[str, Any] | None, list[Row], int]:
+    """What `read_rows` gives. Raises ValueError, which tells the line and what it is not."""
     header: dict[str, Any] | None = None
     rows: list[Row] = []
     n_sound = 0
@@ -147,21 +155,21 @@ def read_rows(data: bytes, path: Path) -> tuple[dict[str, Any] | None, list[Row]
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
-            if value["schema"] != SCHEMA:
-                raise OutputError(
-                    f"{path} line {number} has schema {value['schema']}, this version writes {SCHEMA}; give another -o"
-                )
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what cannot be written again is not ours
-            if number == 1 and "header" in value:
-                header = _header(value["header"])
-            else:
-                rows.append(_row(value))
+            schema = value["schema"]
+            if schema == SCHEMA:
+                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what we could not write is not ours
+                if number == 1 and "header" in value:
+                    header = _header(value["header"])
+                else:
+                    rows.append(_row(value))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             is_ours = any(line.startswith(start) or start.startswith(line) for start in (_START, _HEADER_START))
             is_half = is_ours or not line.strip(b"\0")
             if number == len(lines) and is_half and not line.endswith(b"\n"):
                 break
-            raise OutputError(f"{path} line {number} is not a result of ours; give another -o") from error
+            raise ValueError(f"line {number} is not a result of ours") from error
+        if schema != SCHEMA:
+            raise ValueError(f"line {number} has schema {schema!r}, and this version knows {SCHEMA}")
         n_sound += len(line)
     return header, rows, n_sound
 

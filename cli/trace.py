@@ -1,6 +1,7 @@
 """`localreason trace`: one solved problem as it came, with what each control did."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,13 +59,18 @@ def _find(path: Path, id: str, repeat: int) -> "Row":
         rows = read_rows(path.read_bytes(), path)[1]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; give a results file") from error
-    for row in rows:
-        if row.key == (id, repeat):
-            return row
-    ids = list(dict.fromkeys(row.id for row in rows))
-    some = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
-    again = f" for repeat {repeat}" if repeat else ""
-    raise InputError(f"{path} has no problem {id!r}{again}; it has {some or 'none'}")
+    repeats = {row.repeat: row for row in rows if row.id == id}
+    if repeat in repeats:
+        return repeats[repeat]
+    if repeats:
+        raise InputError(f"{path} has no repeat {repeat} of {id!r}; it has {_some(map(str, sorted(repeats)))}")
+    raise InputError(f"{path} has no problem {id!r}; it has {_some(row.id for row in rows)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first five of some names."""
+    found = list(dict.fromkeys(names))
+    return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "") or "none"
 
 
 def _show(row: "Row", steps: list[list[Any]], has_dots: bool) -> None:

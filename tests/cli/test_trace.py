@@ -48,7 +48,8 @@ def test_another_sample_and_json(results: str, capsys: pytest.CaptureFixture[str
     ("args", "reason"),
     [
         (("p9",), "has no problem 'p9'; it has p0, p1"),
-        (("p0", "--repeat", "2"), "has no problem 'p0' for repeat 2"),
+        (("p0", "--repeat", "2"), "has no repeat 2 of 'p0'; it has 0, 1"),
+        (("p9", "--repeat", "2"), "has no problem 'p9'; it has p0, p1"),
         (("p1",), "has no steps of 'p1'; run it again with --trace"),
         (("p0", "--sample", "7"), "has no sample 7; it has 0, 1"),
     ],
@@ -58,6 +59,15 @@ def test_what_is_not_there_is_told(
 ):
     assert main(["trace", results, *args]) == ExitCode.INPUT
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["my notes\n", '{"schema": 9}\n', "{}\n"])
+def test_a_file_that_holds_no_results_is_a_mistake_of_the_input(
+    home: Path, capsys: pytest.CaptureFixture[str], content: str
+):
+    (home / "notes.txt").write_text(content)
+    assert main(["trace", "notes.txt", "p0"]) == ExitCode.INPUT
+    assert "give a results file" in capsys.readouterr().err
 
 
 def test_solve_keeps_the_steps_where_it_is_asked_to(
