@@ -2,9 +2,11 @@
 
 import logging
 import re
+from collections import deque
 from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -15,22 +17,31 @@ _LONGEST = 400
 _LEADS = re.compile(r"(?:final answer(?: is)?|the answer is|answer)\**\s*[:=]?\s*\**\s*", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:\s*/\s*\d+)?")
 _RESULT = re.compile(
-    r"[^\n=]*[-+*/×÷^][^\n=]*(?:=[^\n=]*)*?=\s*\**\s*(-?\$?\d+(?:,\d{3})*(?:\.\d+)?)(?=[.\s*$]*$)", re.MULTILINE
+    r"(?=[^\n=]*[-+*/×÷^])[^\n=]*+=(?:[^\n=]*+=)*+\s*+\**+\s*+(-?\$?\d+(?:,\d{3})*(?:\.\d+)?)(?=[.\s*$]*$)",
+    re.MULTILINE,
 )
-"""A calculation up to the end of its line: `12 + 7 = 19`."""
+"""A calculation up to the end of its line: `12 + 7 = 19`; nothing in it is tried in two ways."""
+_MOST_LEADS = 32
+_LONGEST_LINE = 200
+"""A model that repeats itself for ever must not cost a look at the rest of its reply for each lead."""
 _CHOICE = re.compile(r"\(?([A-J])\)?(?=[.,:*\s]*$)", re.MULTILINE)
 _FORMULA = re.compile(r"\$([^$\n]+)\$(?!\d)")
 _WORDS = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)*")
 _PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 _UNIT = re.compile(r"^([-+]?\d+(?:\.\d+)?)\s+[a-zA-Z][a-z]{2,}(?:\s+[a-z]{2,})*(?:\^\{?\d\}?)?$")
 """A number and words behind it; one or two letters may be variables."""
-_UNIT_TEXT = re.compile(r"(?<=\d)\s*\\(?:text|mathrm|mbox)\s*\{\s*[a-zA-Z ./]+\}(?:\^\{?\d\}?)?$")
+_UNIT_TEXT = re.compile(r"(?<=\d)\s*\\(?:text|mathrm|mbox)\s*\{[a-zA-Z\s./]+\}(?:\^\{?\d\}?)?$")
 _COSTLY = re.compile(
     r"\d{4,}\s*\}?\s*!|!\s*!|\\(?:sum|prod|int|iint|oint|lim|d?t?binom|choose)(?![a-zA-Z])"
     r"|\^\s*(?:\\|\w\s*\^|[{(][^{}()]*(?:\^|\d{4}|\*|\\cdot|\\times))"
 )
 """Factorials, sums and towers of powers: short texts whose value could take for ever."""
 _MOST_POWER = 1000
+_MOST_FUNCTIONS = 4
+_FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc)")
+"""In products or inside each other, simplifying these takes minutes."""
+_DEEPEST = 8
+"""Brackets inside each other; math-verify takes a tenth of a second to read each."""
 
 
 def extract(text: str) -> str | None:
@@ -43,8 +54,7 @@ def extract(text: str) -> str | None:
         return boxed.strip() or None
     if "####" in text:
         return _line(text.rpartition("####")[2])
-    leads = list(_LEADS.finditer(text))
-    for lead in reversed(leads):
+    for lead in reversed(deque(_LEADS.finditer(text), _MOST_LEADS)):
         formula = _FORMULA.match(text, lead.end())
         if formula:
             return formula.group(1).strip()
@@ -57,7 +67,7 @@ def extract(text: str) -> str | None:
         choice = _CHOICE.match(text, lead.end())
         if choice:
             return choice.group(1)
-        line = _line(text[lead.end() :])
+        line = _line(text[lead.end() : lead.end() + _LONGEST_LINE])
         if line and len(line) <= 40 and lead.group().lower().startswith("final"):
             return line
     return None
@@ -128,7 +138,18 @@ def _is_costly(text: str) -> bool:
     """True where a comparison by value could take long; then only the text counts."""
     text = text.replace("**", "^")
     powers = [int(digits) for digits in re.findall(r"\^[\s{(]*[-+]?(\d{1,9})", text)]
-    return len(text) > _LONGEST or bool(_COSTLY.search(text)) or prod(max(power, 1) for power in powers) > _MOST_POWER
+    return (
+        len(text) > _LONGEST
+        or bool(_COSTLY.search(text))
+        or prod(max(power, 1) for power in powers) > _MOST_POWER
+        or len(_FUNCTION.findall(text)) > _MOST_FUNCTIONS
+        or _depth(text) > _DEEPEST
+    )
+
+
+def _depth(text: str) -> int:
+    """How many brackets are open at once at the most."""
+    return max(accumulate((each in "([{") - (each in ")]}") for each in text), default=0)
 
 
 def group(answers: Sequence[str | None]) -> list[list[int]]:

@@ -108,6 +108,10 @@ def test_text_is_never_run_and_large_powers_are_not_computed():
         "2^\\frac{99999999}{1}",
         "\\prod_{i=1}^{99999} i",
         "9" * 500,
+        "[" * 190 + "1" + "]" * 190,
+        "\\sin(\\cos(" * 10 + "1" + "))" * 10,
+        "\\tan(" * 5 + "1" + ")" * 5,
+        "".join(f"\\sin({i}x)" for i in range(20)),
     ],
 )
 def test_an_answer_that_would_take_for_ever_to_compute_is_compared_as_text(text):
@@ -121,6 +125,33 @@ def test_a_boxed_that_repeats_without_end_is_read_in_one_pass():
     started = time.monotonic()
     assert extract("\\boxed{" * 50_000) is None
     assert extract("\\boxed{" * 50_000 + "7}") == "7"
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "answer " * 20_000,
+        "final answer: " * 5_000 + "x" * 100_000,
+        "answer: " + "+" * 20_000,
+        "answer: 1 + 1 =" + "\n" * 20_000 + "x",
+        "answer: 1 + 1 =" + " " * 20_000 + "x",
+        "answer: " + "1 + 1 = " * 5_000 + "x",
+    ],
+)
+def test_a_reply_that_goes_on_for_ever_is_read_in_one_pass(text):
+    started = time.monotonic()
+    extract(text)
+    assert time.monotonic() - started < 2
+
+
+def test_the_last_of_many_leads_counts():
+    assert extract("The answer is 3. " * 100 + "Final Answer: 4\n" + "The answer is unclear. " * 9) == "4"
+
+
+def test_a_unit_of_spaces_is_read_in_one_pass():
+    started = time.monotonic()
+    assert is_equal("1\\text{" + " " * 20_000, "1\\text{" + " " * 20_000)
     assert time.monotonic() - started < 2
 
 
