@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from pathlib import Path
 
 from ...runtime.errors import InputError, OutputError
 
-_DEADLINE_SECONDS = 30.0
+_SILENCE_SECONDS = 30.0
+_DEADLINE_SECONDS = 300.0
+"""For the whole file, however slowly it drips."""
 _MOST_BYTES = 64 << 20
 """No task is as large; what is larger is some other thing."""
 _PIECE_BYTES = 1 << 16
@@ -26,9 +29,9 @@ class Source:
     sha256: str | None = None
 
 
-def fetch(source: Source, folder: Path, task: str) -> Path:
-    """The path of the file in the folder, downloaded if it is not there. Raises InputError where it cannot be had or
-    is not what it should be, OutputError where the folder cannot be written."""
+def fetch(source: Source, folder: Path, task: str, seconds: float = _DEADLINE_SECONDS) -> Path:
+    """The path of the file in the folder, downloaded within `seconds` if it is not there. Raises InputError where it
+    cannot be had or is not what it should be, OutputError where the folder cannot be written."""
     path = folder / source.name
     expected = source.sha256 or _remembered(path)
     try:
@@ -36,7 +39,7 @@ def fetch(source: Source, folder: Path, task: str) -> Path:
             if expected is not None and _digest(path.read_bytes()) != expected:
                 raise InputError(f"{path} has changed since it was fetched; delete it so that it is fetched again")
             return path
-        data = _download(source, task, path)
+        data = _download(source, task, path, time.monotonic() + seconds)
         _check(data, source, expected, task)
         folder.mkdir(parents=True, exist_ok=True)
         _write(path.with_name(f"{source.name}.sha256"), f"{_digest(data)}  {source.name}\n".encode())
@@ -55,14 +58,16 @@ def _remembered(path: Path) -> str | None:
     return words[0] if words else None
 
 
-def _download(source: Source, task: str, path: Path) -> bytes:
+def _download(source: Source, task: str, path: Path, deadline: float) -> bytes:
     request = urllib.request.Request(source.url, headers={"User-Agent": "localreason"})
     remedy = f"check the network and try again, or fetch it elsewhere and put it at {path}, or give --data FILE.jsonl"
     data = bytearray()
     try:
-        with urllib.request.urlopen(request, timeout=_DEADLINE_SECONDS) as response:
-            while piece := response.read(_PIECE_BYTES):
+        with urllib.request.urlopen(request, timeout=_SILENCE_SECONDS) as response:
+            while piece := response.read1(_PIECE_BYTES):  # what is there; `read` would wait for all of it
                 data += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"only {len(data)} bytes came in time")
                 if len(data) > _MOST_BYTES:
                     raise InputError(f"{source.url} sends more than {_MOST_BYTES} bytes, which the task {task} is not")
             wanted = response.headers.get("Content-Length")

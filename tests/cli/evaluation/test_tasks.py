@@ -1,8 +1,10 @@
 """Tasks by name: how their rows become problems, and downloads that fail in every way."""
 
+import contextlib
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +27,7 @@ ROWS = {
 
 
 class Server(BaseHTTPRequestHandler):
-    """What a path says: its content, an error, or less than was promised."""
+    """What a path says: its content, at once or byte by byte, an error, or less than was promised."""
 
     files: ClassVar[dict[str, bytes]] = {}
 
@@ -34,7 +36,10 @@ class Server(BaseHTTPRequestHandler):
         self.send_response(200 if data is not None else 404)
         self.send_header("Content-Length", str(len(data or b"") + 10 * (self.path == "/short")))
         self.end_headers()
-        self.wfile.write(data or b"")
+        with contextlib.suppress(OSError):  # the reader may have gone
+            for each in data or b"":
+                self.wfile.write(bytes([each]))
+                time.sleep(0.02 * (self.path == "/slow"))
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -42,7 +47,12 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    Server.files = {"/good": b'{"problem": "1 + 1?", "answer": "2"}\n', "/short": b"{}", "/odd": b"<html>"}
+    Server.files = {
+        "/good": b'{"problem": "1 + 1?", "answer": "2"}\n',
+        "/short": b"{}",
+        "/odd": b"<html>",
+        "/slow": bytes(500),
+    }
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as found:
         thread = threading.Thread(target=found.serve_forever)
         thread.start()
@@ -98,6 +108,13 @@ def test_a_broken_download_is_a_sentence_and_leaves_nothing(
         load_task("sums", tmp_path, tasks=task(f"{server}{path}", sha256))
     if path != "/odd":
         assert not (tmp_path / "sums/test.jsonl").exists()
+
+
+def test_a_download_that_drips_ends_at_the_deadline(server: str, tmp_path: Path):
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"cannot be fetched from .*/slow \(only \d+ bytes came in time\); check"):
+        fetch(Source("f", f"{server}/slow"), tmp_path, "sums", seconds=0.3)
+    assert time.monotonic() - started < 5
 
 
 def test_a_task_out_of_reach_says_what_to_do(tmp_path: Path):
