@@ -54,7 +54,8 @@ def load(arguments: Sequence[str], is_across_models: bool = False) -> tuple[list
 
 def _read(argument: str) -> tuple[str, dict[str, Any], list[Row]]:
     name, equals, rest = argument.partition("=")
-    path = Path(rest if equals and not Path(argument).exists() else argument)
+    is_named = bool(equals) and not Path(argument).exists()
+    path = Path(rest if is_named else argument)
     try:
         header, rows, _ = read_rows(path.read_bytes(), path)
     except FileNotFoundError as error:
@@ -64,7 +65,12 @@ def _read(argument: str) -> tuple[str, dict[str, Any], list[Row]]:
     if not rows:
         raise InputError(f"{path} holds no rows yet; run the evaluation first")
     header = header or {"model": rows[0].model, "recipe": rows[0].recipe}
-    return _name(name if str(path) == rest else header.get("configuration", path.stem)), header, rows
+    models = {header["model"]["sha256"]: header["model"]["name"]}
+    models |= {row.model["sha256"]: row.model["name"] for row in rows}
+    if len(models) > 1:
+        names = " and ".join(models.values())
+        raise InputError(f"{path} holds rows of {names}; a file that is compared has one model, so run it anew")
+    return _name(name if is_named else header.get("configuration", path.stem)), header, rows
 
 
 def _name(text: str) -> str:
@@ -95,6 +101,11 @@ def _check(baseline: _Side, other: _Side, is_across_models: bool) -> list[str]:
         if one.problem_hash != two.problem_hash:
             raise InputError(
                 f"{first} and {name} have different texts for problem {one.id!r}; compare runs of one task"
+            )
+        if None not in (one.gold, two.gold) and one.gold != two.gold:  # rows of before tell no gold
+            raise InputError(
+                f"{first} and {name} have different right answers for problem {one.id!r}, {one.gold!r} and "
+                f"{two.gold!r}; compare runs of one task"
             )
     if any(one.seed != two.seed for one, two in common):
         notes.append(f"{name}: other seeds than {first}, so part of the difference is chance of sampling")

@@ -50,17 +50,36 @@ def test_different_models_are_refused_unless_asked_for(home: Path, capsys: pytes
     ("changes", "reason"),
     [
         ({"problem_hash": "2" * 64}, "different texts for problem 'p0'"),
+        ({"gold": "8"}, "different right answers for problem 'p0', '7' and '8'"),
         ({"id": "q"}, "no problem was run under both"),
     ],
 )
 def test_results_of_other_problems_are_refused(
     home: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], reason: str
 ):
-    other = write(home / "other.jsonl", [row("p0") if "id" not in changes else row("q"), row("p1")][:1])
-    if "problem_hash" in changes:
-        other = write(home / "other.jsonl", [row("p0", problem_hash="2" * 64)])
+    other = write(home / "other.jsonl", [row(**{"id": "p0", **changes})])
     assert compare(sample(home), other) == ExitCode.INPUT
     assert reason in capsys.readouterr().err
+
+
+def test_rows_that_tell_no_right_answer_are_compared(home: Path):
+    assert compare(sample(home), write(home / "other.jsonl", [row("p0", gold=None)])) == ExitCode.OK
+
+
+@pytest.mark.parametrize("args", [(), ("--across-models",)])
+def test_rows_of_two_models_in_one_file_are_refused(
+    home: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...]
+):
+    large = {"name": "large", "sha256": "f" * 64}
+    assert compare(write(home / "mixed.jsonl", [row("p0"), row("p1", model=large)]), *args) == ExitCode.INPUT
+    assert "mixed.jsonl holds rows of tiny and large; a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["./safe.jsonl", ".//safe.jsonl", "safe.jsonl"])
+def test_a_name_holds_however_its_file_is_written(home: Path, capsys: pytest.CaptureFixture[str], path: str):
+    sample(home)
+    assert compare(f"mine={path}", "--markdown") == ExitCode.OK
+    assert "| mine | 6 |" in capsys.readouterr().out
 
 
 def test_other_seeds_and_versions_are_noted(home: Path, capsys: pytest.CaptureFixture[str]):
@@ -113,7 +132,7 @@ class Page(HTMLParser):
 def test_the_report_needs_nothing_else_and_shows_text_as_text(home: Path):
     rows = [row("p0", True), row("p1", False, answer=EVIL, problem=EVIL, gold=EVIL)]
     first = write(home / "safe.jsonl", rows, model={**MODEL, "name": EVIL}, task={"name": EVIL})
-    second = write(home / "b.jsonl", [row("p0", True), row("p1", True, problem=EVIL)])
+    second = write(home / "b.jsonl", [row("p0", True), row("p1", True, problem=EVIL, gold=EVIL)])
     assert compare(f"{EVIL.replace('/', ' ')}={first}", f"$x$={second}", "-o", "report") == ExitCode.OK
     text = Path("report/report.html").read_text()
     page = Page()
@@ -135,7 +154,8 @@ def test_the_report_needs_nothing_else_and_shows_text_as_text(home: Path):
 def test_a_name_is_one_printable_line_wherever_it_is_shown(home: Path, capsys: pytest.CaptureFixture[str]):
     name = "a\x01\x1b[31m\n<script>\ufffe|思考"
     first = sample(home, configuration=name, model={**MODEL, "name": "<b>\n\nx"})
-    other = write(home / "other.jsonl", [row("p0", model={"name": "large", "sha256": "f" * 64})])
+    large = {"name": "large", "sha256": "f" * 64}
+    other = write(home / "other.jsonl", [row("p0", model=large)], model=large)
     assert compare(first, other, "-o", "report", "--across-models") == ExitCode.OK
     assert re.search(r"^configuration +a <script> \|思考 +other$", capsys.readouterr().out, re.MULTILINE)
     lines = Path("report/report.md").read_text().splitlines()
