@@ -38,6 +38,8 @@ _N_ROUND = 8
 so for all."""
 _N_REFILLS = 3
 """And this many times what is in flight: towards the end of a turn fewer and fewer are, and batches cost more."""
+_N_NAMED = 5
+"""So many problems are named where all have the same fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def _open(plan: Plan, one: Configuration, todo: list[Problem], model: dict[str, 
 def _usable(plan: Plan, judge: Judge) -> tuple[list[Problem], int]:
     """The problems with a gold answer that can be graded, in the plan's template; the others are told and counted."""
     kept, bad = [], list(plan.task.bad)
-    n_text = 0
+    as_text: list[Problem] = []
     for problem in plan.task.problems:
         if problem.answer is None:
             bad.append(BadRow(problem.line, "there is no gold answer; give one in `answer`"))
@@ -118,12 +120,14 @@ def _usable(plan: Plan, judge: Judge) -> tuple[list[Problem], int]:
         if wrong and is_fatal:
             bad.append(BadRow(problem.line, wrong))
             continue
-        n_text += bool(wrong)
+        as_text += [problem] if wrong else []
         kept.append(replace(problem, text=plan.template.replace("{problem}", problem.text)))
     for row in bad:
         tell(f"{plan.task.name} line {row.line}: {row.reason}")
-    if n_text and not plan.is_quiet:
-        tell(f"{n_text} gold answers are no formulas; they are compared as text")
+    if as_text:
+        some = ", ".join(f"{problem.id} in line {problem.line}" for problem in as_text[:_N_NAMED])
+        more = ", ..." if len(as_text) > _N_NAMED else ""
+        tell(f"{len(as_text)} gold answers are no formulas and are compared as text: {some}{more}")
     if not kept:
         raise InputError(f"none of the {len(bad)} rows of {plan.task.name} can be graded; see the lines above")
     return kept, len(bad)

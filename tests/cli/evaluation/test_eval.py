@@ -177,11 +177,11 @@ def test_rows_without_a_gold_answer_and_double_ids_are_told_and_left_out(
 ):
     lines = [{"id": 1, "problem": "a", "answer": "x{"}, {"id": 1, "problem": "b", "answer": 7}, {"problem": "c"}]
     (home / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert run("mine.jsonl", "--model", model) == ExitCode.SOME_FAILED
+    assert run("mine.jsonl", "--model", model, "-q") == ExitCode.SOME_FAILED
     err = capfd.readouterr().err
     assert "line 2: the id '1' stands in line 1 already" in err
     assert "line 3: there is no gold answer" in err
-    assert "1 gold answers are no formulas; they are compared as text" in err
+    assert "1 gold answers are no formulas and are compared as text: 1 in line 1\n" in err
     assert keys("mine.eval/safe.jsonl") == [("1", 0, 0)]
 
 
