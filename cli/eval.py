@@ -128,7 +128,7 @@ def run_task(
     """
     from .evaluation.compare import load
     from .evaluation.configuration import make_configurations
-    from .evaluation.run import Plan, paths, run
+    from .evaluation.run import Plan, keys, paths, run
     from .evaluation.tasks import load_task
 
     settings = config.load({**context.params, "context": context_tokens})
@@ -151,7 +151,7 @@ def run_task(
     )
     code = run(plan)
     if code is not ExitCode.INTERRUPTED:
-        runs, notes = load([f"{name}={path}" for name, path in paths(plan).items()])
+        runs, notes = load([f"{name}={path}" for name, path in paths(plan).items()], keys=keys(plan))
         _print(runs, notes, is_json, is_markdown=False)
     raise typer.Exit(int(code))
 

@@ -1,7 +1,7 @@
 """Results side by side: what may be compared, and the table of it."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,18 @@ class Run:
     """Against the first of those that are compared; None of that one itself."""
 
 
-def load(arguments: Sequence[str], is_across_models: bool = False) -> tuple[list[Run], list[str]]:
+def load(
+    arguments: Sequence[str], is_across_models: bool = False, keys: Container[tuple[str, int]] | None = None
+) -> tuple[list[Run], list[str]]:
     """The runs in results files, each given as FILE or NAME=FILE, the first one the baseline; and what a reader of the
-    comparison has to know. Raises InputError for files that cannot be read or compared."""
+    comparison has to know. Only rows of these ids and repeats, where `keys` names them. Raises InputError for files
+    that cannot be read or compared."""
     read: dict[str, tuple[dict[str, Any], list[Row]]] = {}
     for argument in arguments:
         name, header, rows = _read(argument)
         if name in read:
             raise InputError(f"two results are named {name!r}; name one, as in OTHER={argument}")
-        read[name] = header, rows
+        read[name] = header, [row for row in rows if keys is None or row.key in keys]
     notes: list[str] = []
     first_name = next(iter(read))
     first_header, first_rows = read[first_name]

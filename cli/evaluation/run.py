@@ -73,9 +73,9 @@ def run(plan: Plan) -> ExitCode:
                 one.name: stack.enter_context(contextlib.closing(_open(plan, one, todo, model)))
                 for one in plan.configurations
             }
-            keys = [(problem.id, repeat) for problem in todo for repeat in range(plan.n_repeats)]
-            before = [file.done[key] for file in files.values() for key in keys if key in file.done]
-            tally = Tally(len(keys) * len(files) - len(before), len(before), before, n_bad)
+            wanted = [(problem.id, repeat) for problem in todo for repeat in range(plan.n_repeats)]
+            before = [file.done[key] for file in files.values() for key in wanted if key in file.done]
+            tally = Tally(len(wanted) * len(files) - len(before), len(before), before, n_bad)
             is_done = not tally.n_left or _Run(plan, judge, model, files, tally).solve(path, todo)
     if not is_done:
         return ExitCode.INTERRUPTED
@@ -85,6 +85,11 @@ def run(plan: Plan) -> ExitCode:
 def paths(plan: Plan) -> dict[str, Path]:
     """The results file of each configuration."""
     return {one.name: plan.folder / f"{one.name}.jsonl" for one in plan.configurations}
+
+
+def keys(plan: Plan) -> set[tuple[str, int]]:
+    """The id and repeat of each row that the plan asks for, of a configuration; its file may hold more."""
+    return {(problem.id, repeat) for problem in plan.task.problems for repeat in range(plan.n_repeats)}
 
 
 def _open(plan: Plan, one: Configuration, todo: list[Problem], model: dict[str, str]) -> Results:

@@ -97,6 +97,18 @@ def test_more_repeats_and_problems_go_on_where_it_stopped(model: str, problems: 
     assert models[0].asked == ["p1", "p0", "p1"]
 
 
+@pytest.mark.parametrize(("args", "n"), [(("--limit", "1", "-k", "2"), "1 (2 rows)"), (("-k", "1"), "2"), ((), "2")])
+def test_the_table_is_of_what_was_asked_for_though_the_file_holds_more(
+    model: str, problems: Problems, capfd: pytest.CaptureFixture[str], args: tuple[str, ...], n: str
+):
+    name = problems("one", "two")
+    assert run(name, "--model", model, "-k", "2", "-q") == ExitCode.OK
+    capfd.readouterr()
+    assert run(name, "--model", model, *args, "-q") == ExitCode.OK
+    assert f"\nn               {n}\n" in capfd.readouterr().out
+    assert len(keys("problems.eval/safe.jsonl")) == 4
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(model: str, problems: Problems, capfd: pytest.CaptureFixture[str]):
     name = problems("one", "press once", "three")
     assert run(name, "--model", model, "-o", "out") == ExitCode.INTERRUPTED
