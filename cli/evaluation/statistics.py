@@ -28,8 +28,8 @@ class Summary:
     cut: float
     """Share of replies of which the thinking or the whole was cut by a limit; of the sample that was chosen."""
     unclosed: float
-    """Share of replies whose thinking the model did not close, nor a limit: it ended inside, or was closed for it; of
-    the sample that was chosen."""
+    """Share of replies that ended inside the thinking without being cut, closed by a control then or not; of the
+    sample that was chosen."""
     no_answer: float
     thinking: float
     """Sampled tokens of thinking, of the sample that was chosen."""
@@ -79,8 +79,8 @@ def is_cut(row: Row) -> bool:
 
 
 def is_unclosed(row: Row) -> bool:
-    """True where the model ended its reply without closing the thinking."""
-    return row.is_unclosed or bool(row.counters.get("budget", {}).get("closed_at_end"))
+    """True where the reply ended inside the thinking, and no limit ended it; closed by a control then, or not."""
+    return not is_cut(row) and (row.is_unclosed or bool(row.counters.get("budget", {}).get("closed_at_end")))
 
 
 def summarise(rows: Iterable[Row]) -> Summary:

@@ -16,7 +16,7 @@ def test_mcnemar_is_the_exact_binomial_test():
 def test_a_summary_counts_every_kind_of_reply():
     rows = [
         row("a", True, 10),
-        row("b", False, 30, answer=None, stop="length", is_unclosed=True),
+        row("b", False, 30, answer=None, is_unclosed=True),
         row("c", False, 50, counters={"budget": {"cuts": 1}}),
         row("d", True, 20, counters={"search": {"sampled_tokens": 100}}),
         row("e", None, error="too long"),
@@ -25,7 +25,7 @@ def test_a_summary_counts_every_kind_of_reply():
     assert (found.n_problems, found.n_rows, found.n_failed) == (4, 4, 1)
     assert found.accuracy.mean == 0.5
     assert found.accuracy.low <= 0.5 <= found.accuracy.high
-    assert (found.cut, found.unclosed, found.no_answer) == (0.5, 0.25, 0.25)
+    assert (found.cut, found.unclosed, found.no_answer) == (0.25, 0.25, 0.25)
     assert (found.thinking_right, found.thinking_wrong) == (15, 40)
     assert found.sampled.mean == (12 + 32 + 52 + 100) / 4
     assert found.tokens_per_second == pytest.approx(196 / 2)
@@ -50,6 +50,12 @@ def test_injected_tokens_and_probes_of_every_sample_count():
 def test_thinking_that_a_control_closed_at_the_end_was_not_closed_by_the_model():
     assert is_unclosed(row(counters={"budget": {"closed_at_end": 1}}))
     assert not is_cut(row(counters={"budget": {"closed_at_end": 1, "cuts": 0}}))
+
+
+@pytest.mark.parametrize("stop", ["length", "context"])
+def test_a_reply_that_a_limit_ends_inside_its_thinking_is_cut_and_not_unclosed(stop: str):
+    found = row(stop=stop, is_unclosed=True)
+    assert (is_cut(found), is_unclosed(found)) == (True, False)
 
 
 def test_without_right_replies_their_length_is_unknown():
