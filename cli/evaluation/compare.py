@@ -135,8 +135,9 @@ COLUMNS = (
     "s each",
     "tokens/s",
 )
-"""`difference` is to the first configuration, in points; `p` is McNemar's. Of several samples `thinking`, `cut` and
-`unclosed` are of the chosen one, tokens that were sampled, injected or probed of all."""
+"""`difference` is to the first configuration, in points; `p` is McNemar's, with several repeats that of a sign test. Of
+several samples `thinking`, `cut` and `unclosed` are of the chosen one, tokens that were sampled, injected or probed of
+all."""
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:

@@ -18,10 +18,11 @@ pre{white-space:pre-wrap;background:#f6f6f6;padding:.6rem;font-size:12px}
 .right{color:#14701f}.wrong{color:#a31515}
 """
 _LEGEND = (
-    "Intervals are of 95 % by a bootstrap over problems; the difference is to the first configuration, in points, on "
-    "the same problems; p is of McNemar's exact test. An interval without width means that all problems went alike, "
-    "not that nothing is left to chance. Of several samples of a problem, thinking, cut and unclosed are of the chosen "
-    "one; tokens that were sampled, injected or probed are of all."
+    "Intervals are of 95 %: Wilson's for the accuracy of problems that were run once, else by a bootstrap over "
+    "problems. The difference is to the first configuration, in points, on the same problems; p is of McNemar's exact "
+    "test, with several repeats of a sign test over problems. A difference without width means that all problems went "
+    "alike, not that nothing is left to chance. Of several samples of a problem, thinking, cut and unclosed are of the "
+    "chosen one; tokens that were sampled, injected or probed are of all."
 )
 _MOST_TEXT = 300
 _MOST_PROBLEMS = 200

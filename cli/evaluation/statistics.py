@@ -1,9 +1,11 @@
 """What the rows of one configuration come to, and two of them on the same problems with the same seeds.
 
 Intervals are of 95 % by a bootstrap over problems: repeats of a problem are averaged first, since they are not
-independent of each other.
+independent of each other. That of an accuracy is Wilson's where a problem's repeats agree, as one does with itself, or
+all problems went alike: no resample of five right answers has a wrong one.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -96,7 +98,7 @@ def summarise(rows: Iterable[Row]) -> Summary:
         n_problems=len({row.id for row in ran}),
         n_rows=len(ran),
         n_failed=len(everything) - len(ran),
-        accuracy=bootstrap(_by_problem(ran, [bool(row.correct) for row in ran]), 0),
+        accuracy=_accuracy(_by_problem(ran, [bool(row.correct) for row in ran])),
         cut=_mean(is_cut(row) for row in ran),
         unclosed=_mean(is_unclosed(row) for row in ran),
         no_answer=_mean(row.answer is None for row in ran),
@@ -109,6 +111,21 @@ def summarise(rows: Iterable[Row]) -> Summary:
         seconds=seconds / len(ran),
         tokens_per_second=sum(map(n_sampled, ran)) / seconds if seconds else 0.0,
     )
+
+
+def _accuracy(shares: NDArray[np.float64]) -> Difference:
+    """The mean of the shares of each problem's repeats that are right, shape (n_problems,), and its interval."""
+    if len(set(shares)) == 1 or set(shares) <= {0.0, 1.0}:
+        return wilson(float(shares.mean()), len(shares))
+    return bootstrap(shares, 0)
+
+
+def wilson(share: float, n: int) -> Difference:
+    """A share of n independent trials and Wilson's score interval of 95 %."""
+    z = 1.959964
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Difference(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def pair(baseline: Iterable[Row], candidate: Iterable[Row], seed: int = 0) -> Pair:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from localreason.cli.evaluation.statistics import at_budgets, is_cut, is_unclosed, pair, pareto, summarise
+from localreason.cli.evaluation.statistics import at_budgets, is_cut, is_unclosed, pair, pareto, summarise, wilson
 from localreason.quant.paired import mcnemar
 from localreason.runtime.errors import InputError
 from tests.cli.evaluation.samples import row
@@ -56,6 +56,27 @@ def test_thinking_that_a_control_closed_at_the_end_was_not_closed_by_the_model()
 def test_a_reply_that_a_limit_ends_inside_its_thinking_is_cut_and_not_unclosed(stop: str):
     found = row(stop=stop, is_unclosed=True)
     assert (is_cut(found), is_unclosed(found)) == (True, False)
+
+
+def test_an_interval_of_a_share_is_wilsons():
+    found = wilson(0.7, 10)  # 7 of 10, as tables of it have
+    assert found.mean == 0.7
+    assert (found.low, found.high) == (pytest.approx(0.3968, abs=1e-4), pytest.approx(0.8922, abs=1e-4))
+
+
+@pytest.mark.parametrize(("is_right", "low", "high"), [(True, 0.5655, 1.0), (False, 0.0, 0.4345)])
+@pytest.mark.parametrize("n_repeats", [1, 3])
+def test_five_that_went_alike_leave_something_to_chance(n_repeats: int, is_right: bool, low: float, high: float):
+    rows = [row(f"p{i}", is_right, repeat=k) for i in range(5) for k in range(n_repeats)]
+    found = summarise(rows).accuracy
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_repeats_that_differ_are_resampled_by_problem():
+    rows = [row(f"p{i}", (i + k) % 3 > 0, repeat=k) for i in range(9) for k in range(2)]
+    found = summarise(rows).accuracy
+    assert 0 < found.low < found.mean < found.high < 1
+    assert found != wilson(found.mean, 9)
 
 
 def test_without_right_replies_their_length_is_unknown():
