@@ -14,7 +14,7 @@ from .markup import find_boxed
 
 _LONGEST = 400
 """Characters of an answer that are compared mathematically; longer ones are compared as text."""
-_LEADS = re.compile(r"(?:final answer(?: is)?|the answer is|answer)\**\s*[:=]?\s*\**\s*", re.IGNORECASE)
+_LEADS = re.compile(r"(?:final answer(?: is\b)?|answer(?: is\b)?)\**\s*[:=]?\s*\**\s*", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:\s*/\s*\d+)?")
 _RESULT = re.compile(
     r"(?=[^\n=]*[-+*/×÷^])[^\n=]*+=(?:[^\n=]*+=)*+\s*+\**+\s*+(-?\$?\d+(?:,\d{3})*(?:\.\d+)?)(?=[.\s*$]*$)",
@@ -24,7 +24,12 @@ _RESULT = re.compile(
 _MOST_LEADS = 32
 _LONGEST_LINE = 200
 """A model that repeats itself for ever must not cost a look at the rest of its reply for each lead."""
-_CHOICE = re.compile(r"\(?([A-J])\)?(?=[.,:*\s]*$)", re.MULTILINE)
+_CHOICE = re.compile(
+    r"\(?([A-J])\)?(?!,?\s+(?:or|and)\s+\(?[A-J]\b)"
+    r"(?=[.,:*\s]*$|[.,:;]\s|\*\*|\s+(?:because|since|as)\b|(?<![AI])\s+[a-z]{2})",
+    re.MULTILINE,
+)
+"""A letter at the end of its line, before a mark or before words; `A` and `I` may be words themselves."""
 _FORMULA = re.compile(r"\$([^$\n]+)\$(?!\d)")
 _WORDS = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)*")
 _PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")

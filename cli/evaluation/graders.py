@@ -3,7 +3,7 @@
 math     the last boxed formula, or what follows a lead such as "Answer:"; compared by value with math-verify
 number   as math; where nothing is marked, the last number of the reply (declared: it stands in the results)
 exact    the same text, white space around it apart; without a marked answer the last line counts
-choice   a letter from A to J
+choice   a letter from A to J; where nothing is marked, the reply has to be the letter, or one line of it and its option
 regex:R  the last match of R, its first group where it has one, is the same text
 python:M:F  the function F of the module M is given problem, reply and gold and returns true or false
 """
@@ -21,6 +21,8 @@ from ...runtime.errors import InputError
 
 _CHOICE = re.compile(r"\(?([A-J])(?:[).:].*)?", re.DOTALL)
 """`B`, `(B)`, `B. 42`, but not `A or B`."""
+_ONLY_CHOICE = re.compile(r"\W*([A-J])\b(?:\W*|[).:*]+ (?!.*(?:\b[B-HJ]\b|\([A-J]\)|[.:;!?]\s)).*)")
+"""A line that is a letter, perhaps with its option: with no second sentence and no other letter."""
 _NUMBER = re.compile(r"-?\$?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -78,7 +80,7 @@ def _check_formula(gold: str) -> str | None:
 
 
 def _check_letter(gold: str) -> str | None:
-    return None if _letter(gold) else f"the gold answer {gold!r} is no letter from A to J"
+    return None if _letter(gold.upper()) else f"the gold answer {gold!r} is no letter from A to J"
 
 
 def _or_last_number(text: str) -> str | None:
@@ -102,7 +104,10 @@ def _letter(answer: str) -> str | None:
 
 def _choice(text: str) -> str | None:
     marked = extract(text)
-    return _letter(marked if marked is not None else text.strip())
+    if marked is not None:
+        return _letter(marked)
+    found = _ONLY_CHOICE.fullmatch(text.strip())
+    return found[1] if found else None
 
 
 def _is_same_text(one: str, other: str) -> bool:
@@ -113,7 +118,7 @@ _GRADERS: dict[str, Grader] = {
     "math": Grader(_by(extract, is_equal), _check_formula),
     "number": Grader(_by(_or_last_number, is_equal), _check_formula),
     "exact": Grader(_by(_or_last_line, _is_same_text)),
-    "choice": Grader(_by(_choice, lambda answer, gold: answer == _letter(gold)), _check_letter, is_fatal=True),
+    "choice": Grader(_by(_choice, lambda answer, gold: answer == _letter(gold.upper())), _check_letter, is_fatal=True),
 }
 
 

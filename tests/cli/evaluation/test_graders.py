@@ -42,6 +42,16 @@ def grade(name: str, text: str, gold: str) -> Grade:
         ("choice", "\\boxed{B. 42}", "B", "B", True),
         ("choice", "\\boxed{42}", "B", None, False),
         ("choice", "A or B, who knows", "A", None, False),
+        ("choice", "The correct answer is B.", "b", "B", True),
+        ("choice", "The answer is B because it is red.", "B", "B", True),
+        ("choice", "**B**", "B", "B", True),
+        ("choice", "B. 42.5", "B", "B", True),
+        ("choice", "(B) A red fox, perhaps.", "B", "B", True),
+        ("choice", "A. I first thought so. Then I saw it is wrong.", "A", None, False),
+        ("choice", "A. Perhaps,\nand perhaps not", "A", None, False),
+        ("choice", "A: not; the right one is C", "A", None, False),
+        ("choice", "A. No, (A) is wrong", "A", None, False),
+        ("choice", "A good question", "A", None, False),
         ("regex:x=(\\d+)", "x=1, then x=22", "22", "22", True),
         ("regex:yes|no", "no, yes", "yes", "yes", True),
         ("regex:x=(\\d+)?", "x=", "22", None, False),
@@ -74,6 +84,7 @@ def test_gold_answers_that_do_not_parse_are_told():
     assert find_grader("math").check("\\frac{1}{2}") is None
     assert "compared as text" in str(find_grader("math").check("{{{\\frac"))
     assert "no letter" in str(find_grader("choice").check("42"))
+    assert find_grader("choice").check("b") is None
     assert find_grader("choice").is_fatal
 
 
