@@ -36,6 +36,8 @@ _PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 _UNIT = re.compile(r"^([-+]?\d+(?:\.\d+)?)\s+[a-zA-Z][a-z]{2,}(?:\s+[a-z]{2,})*(?:\^\{?\d\}?)?$")
 """A number and words behind it; one or two letters may be variables."""
 _UNIT_TEXT = re.compile(r"(?<=\d)\s*\\(?:text|mathrm|mbox)\s*\{[a-zA-Z\s./]+\}(?:\^\{?\d\}?)?$")
+_BASE = re.compile(r"(?<=[\dA-F])_\{?(\d+)\}?")
+"""The base of a number such as `52_8`. Where only one side names one, it is the one that the question asks for."""
 _COSTLY = re.compile(
     r"\d{4,}\s*\}?\s*!|!\s*!|\\(?:sum|prod|int|iint|oint|lim|d?t?binom|choose)(?![a-zA-Z])"
     r"|\^\s*(?:\\|\w\s*\^|[{(][^{}()]*(?:\^|\d{4}|\*|\\cdot|\\times))"
@@ -109,6 +111,9 @@ def _is_equal(one: str, other: str) -> bool:
         return True
     if _PLAIN.fullmatch(one) and _PLAIN.fullmatch(other):
         return Decimal(one) == Decimal(other)  # a float would take two long integers for one
+    bases = [_BASE.findall(text) for text in (one, other)]
+    if all(bases) and bases[0] != bases[1]:
+        return False
     if not one or not other or any(_is_costly(text) for text in (one, other)):
         return False
     if _WORDS.fullmatch(one) and _WORDS.fullmatch(other):  # math-verify multiplies their letters: east is seat
