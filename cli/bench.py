@@ -1,7 +1,6 @@
 """`localreason bench`: prefill, decode, load time, memory, and what the controls cost."""
 
 import contextlib
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +58,7 @@ def bench(
       localreason bench -m qwen3-1.7b --compare bench.json --lengths 128,1024 --batches 1,4
     """
     from .benchmark.measure import Sizes
-    from .benchmark.report import as_markdown, read_record
+    from .benchmark.report import as_json, as_markdown, read_record
 
     sizes = Sizes(tokens, runs, _numbers(lengths, "--lengths", 1 << 20), _numbers(batches, "--batches", 64))
     for path in out or ():
@@ -72,7 +71,7 @@ def bench(
     record = _measure(settings, build.wiring(context), sizes)
     for path in out or ():
         _write(path, record, old)
-    print(json.dumps(record, indent=2) if is_json else as_markdown(record, old), end="\n" if is_json else "")
+    print(as_json(record, old) if is_json else as_markdown(record, old), end="")
 
 
 def _measure(settings: config.Config, wiring: build.Wiring, sizes: "Sizes") -> dict[str, Any]:
@@ -94,7 +93,7 @@ def _measure(settings: config.Config, wiring: build.Wiring, sizes: "Sizes") -> d
                 found["ring"] = measure_ring(opened.engine, engine, tokenizer, sizes)
     about = describe_run(path, checksum.sha256(path))
     threads = settings.settings.threads or physical_cores()
-    about |= {"threads": threads, "cache_type": engine.memory.cache_type}
+    about |= {"threads": threads, "gpu_layers": _gpu_layers(settings), "cache_type": engine.memory.cache_type}
     return {"schema": SCHEMA, **about, **_rounded(found)}
 
 
@@ -110,6 +109,15 @@ def _options(settings: config.Config, sizes: "Sizes") -> "EngineOptions":
         cache_type=chosen.cache_type,
     )
     return replace(options, n_busy=max(sizes.batches))
+
+
+def _gpu_layers(settings: config.Config) -> int | str:
+    """Layers on the GPU, as far as they fit there."""
+    from ..runtime.native import library
+
+    if not library().llama_supports_gpu_offload():
+        return 0
+    return "all" if settings.settings.gpu_layers is None else settings.settings.gpu_layers
 
 
 def _rounded(value: Any) -> Any:
@@ -132,11 +140,10 @@ def _numbers(text: str, option: str, most: int) -> tuple[int, ...]:
 
 
 def _write(path: Path, record: dict[str, Any], old: dict[str, Any] | None) -> None:
-    from .benchmark.report import as_csv, as_markdown
+    from .benchmark.report import as_csv, as_json, as_markdown
 
-    forms = {".json": lambda: json.dumps(record, indent=1) + "\n"}
-    forms |= {".md": lambda: as_markdown(record, old), ".csv": lambda: as_csv(record, old)}
+    form = {".json": as_json, ".md": as_markdown, ".csv": as_csv}[path.suffix]
     try:
-        path.write_text(forms[path.suffix](), "utf-8")
+        path.write_text(form(record, old), "utf-8")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}; give another --out") from error

@@ -44,6 +44,7 @@ def measure(engine: Any, tokenizer: Any, sizes: Sizes, load_seconds: float) -> d
         "method": METHOD,
         "n_tokens": sizes.n_tokens,
         "n_runs": sizes.n_runs,
+        "n_prompt": len(prompt),
         "load_seconds": load_seconds,
         "prefill": _prefill(engine, tokenizer, sizes),
         "decode": _decode(engine, tokenizer, sizes, prompt),

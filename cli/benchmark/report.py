@@ -11,16 +11,48 @@ from ...runtime.errors import InputError
 
 SCHEMA = 1
 """Of the JSON; a change of meaning gets a new number."""
+_SAME = (
+    "model",
+    "sha256",
+    "machine",
+    "versions",
+    "threads",
+    "gpu_layers",
+    "cache_type",
+    "n_tokens",
+    "n_runs",
+    "n_prompt",
+)
+"""What two records must share for a ratio to be of the speed alone."""
 PARTS = ("prefill", "decode", "controls", "ring")
 
 
 def numbers(record: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """Every figure as (part, what, value); more is better but for those that end in `_seconds` or `_bytes`."""
+    """Every figure as (part, what, value)."""
     for name in ("load_seconds", "peak_bytes", "weights_bytes", "cache_bytes"):
         yield "file", name, float(record[name])
     for part in PARTS:
         for row in record.get(part) or ():
             yield part, _what(row), float(row["tokens_per_second"])
+
+
+def better(what: str) -> str:
+    """Whether "more" or "less" of a figure is better: less seconds and bytes, more tokens a second."""
+    return "less" if what.endswith(("_seconds", "_bytes")) else "more"
+
+
+def ratios(record: dict[str, Any], old: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each figure that both records have: its part, what it is, then, now, their ratio, and what is better."""
+    before = {(part, what): value for part, what, value in numbers(old)}
+    for part, what, now in numbers(record):
+        if then := before.get((part, what)):
+            yield {"part": part, "what": what, "then": then, "now": now, "ratio": now / then, "better": better(what)}
+
+
+def differences(record: dict[str, Any], old: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is not the same in two records, then and now; None where one does not tell it."""
+    pairs = {name: {"then": old.get(name), "now": record.get(name)} for name in _SAME}
+    return {name: pair for name, pair in pairs.items() if pair["then"] != pair["now"]}
 
 
 def _what(row: dict[str, Any]) -> str:
@@ -66,32 +98,39 @@ def _rows(rows: list[dict[str, Any]], ratio: str) -> Iterator[str]:
 
 
 def _compared(record: dict[str, Any], old: dict[str, Any]) -> Iterator[str]:
-    for name in ("model", "sha256", "machine", "versions", "threads", "n_tokens"):
-        if record.get(name) != old.get(name):
-            yield f"Not the same {name}: {_brief(old.get(name))} then, {_brief(record.get(name))} now."
-            yield ""
-    before = {(part, what): value for part, what, value in numbers(old)}
-    yield "| part | what | then | now | ratio |"
-    yield "| --- | --- | --- | --- | --- |"
-    for part, what, value in numbers(record):
-        there = before.get((part, what))
-        if there:
-            yield f"| {part} | {what} | {there:.4g} | {value:.4g} | {value / there:.3f} |"
+    for name, pair in differences(record, old).items():
+        yield f"Not the same {name}: {_brief(pair['then'])} then, {_brief(pair['now'])} now."
+        yield ""
+    yield "| part | what | then | now | ratio | better |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for row in ratios(record, old):
+        figures = f"{row['then']:.4g} | {row['now']:.4g} | {row['ratio']:.3f}"
+        yield f"| {row['part']} | {row['what']} | {figures} | {row['better']} |"
 
 
 def _brief(value: Any) -> str:
+    if value is None:
+        return "unknown"
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def as_json(record: dict[str, Any], old: dict[str, Any] | None = None) -> str:
+    """The record as JSON, with the ratios to an older one where it is given."""
+    if old is not None:
+        compared = {"not_the_same": differences(record, old), "figures": list(ratios(record, old))}
+        record = {**record, "ratios_to_older": compared}
+    return json.dumps(record, indent=1) + "\n"
+
+
 def as_csv(record: dict[str, Any], old: dict[str, Any] | None = None) -> str:
-    """One figure a line: part, what, value, and the ratio to the older record where there is one."""
-    before = {(part, what): value for part, what, value in numbers(old)} if old is not None else {}
+    """One figure a line: part, what, value, the ratio to the older record where there is one, and what is better."""
+    found = {(row["part"], row["what"]): row["ratio"] for row in ratios(record, old)} if old is not None else {}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["part", "what", "value", "ratio_to_older"])
+    writer.writerow(["part", "what", "value", "ratio_to_older", "better"])
     for part, what, value in numbers(record):
-        there = before.get((part, what))
-        writer.writerow([part, what, f"{value:.6g}", f"{value / there:.4f}" if there else ""])
+        ratio = found.get((part, what))
+        writer.writerow([part, what, f"{value:.6g}", "" if ratio is None else f"{ratio:.4f}", better(what)])
     return text.getvalue()
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import platform
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ def test_every_part_is_measured_and_written(tiny_model: Path, home: Path, capsys
     for private in (platform.node(), str(tiny_model.parent), str(home)):
         assert not private or private not in text
     rows = list(csv.reader(Path("b.csv").read_text().splitlines()))
-    assert rows[0] == ["part", "what", "value", "ratio_to_older"]
+    assert rows[0] == ["part", "what", "value", "ratio_to_older", "better"]
+    assert {row[1]: row[4] for row in rows}["load_seconds"] == "less"
+    assert (record["n_prompt"], record["cache_type"]) == (8, "f16")
     assert ["decode", "2 sequences"] in [row[:2] for row in rows]
     assert Path("b.md").read_text() == capsys.readouterr().out
 
@@ -38,13 +41,26 @@ def test_an_older_record_gives_ratios(tiny_model: Path, home: Path, capsys: pyte
     assert main(["bench", "-m", str(tiny_model), *SMALL, "-o", "old.json"]) == ExitCode.OK
     old = json.loads(Path("old.json").read_text())
     old["machine"] = {"cpu": "abacus"}
+    old |= {"cache_type": "q8_0", "n_runs": 9, "n_prompt": 99}
+    del old["gpu_layers"]
     Path("old.json").write_text(json.dumps(old))
     capsys.readouterr()
     assert main(["bench", "-m", str(tiny_model), *SMALL, "--compare", "old.json"]) == ExitCode.OK
     out = capsys.readouterr().out
     assert 'Not the same machine: {"cpu": "abacus"} then' in out
-    assert "| file | weights_bytes |" in out
-    assert "| decode | 2 sequences |" in out
+    assert "Not the same cache_type: q8_0 then, f16 now." in out
+    assert "Not the same n_runs: 9 then, 2 now." in out
+    assert "Not the same n_prompt: 99 then, 8 now." in out
+    assert "Not the same gpu_layers: unknown then, " in out
+    assert re.search(r"^\| file \| weights_bytes \|.* 1\.000 \| less \|$", out, re.MULTILINE)
+    assert re.search(r"^\| decode \| 2 sequences \|.*\| more \|$", out, re.MULTILINE)
+    assert main(["bench", "-m", str(tiny_model), *SMALL, "--compare", "old.json", "--json", "-o", "new.json"]) == 0
+    new = json.loads(capsys.readouterr().out)
+    assert new == json.loads(Path("new.json").read_text())
+    assert set(new["ratios_to_older"]["not_the_same"]) == {"machine", "gpu_layers", "cache_type", "n_runs", "n_prompt"}
+    figures = {(row["part"], row["what"]): row for row in new["ratios_to_older"]["figures"]}
+    assert figures["file", "weights_bytes"]["ratio"] == 1
+    assert figures["prefill", "8 tokens"]["better"] == "more"
 
 
 def test_a_ring_is_measured_against_this_machine(tiny_model: Path, home: Path, capsys: pytest.CaptureFixture[str]):
