@@ -115,6 +115,8 @@ def _open(plan: Plan, one: Configuration, todo: list[Problem], model: dict[str, 
 
 def _usable(plan: Plan, judge: Judge) -> tuple[list[Problem], int]:
     """The problems with a gold answer that can be graded, in the plan's template; the others are told and counted."""
+    if plan.task.is_new and not plan.is_quiet:
+        tell(f"the task {plan.task.name} was fetched; its terms: {plan.task.licence}")
     kept, bad = [], list(plan.task.bad)
     as_text: list[Problem] = []
     for problem in plan.task.problems:

@@ -18,7 +18,7 @@ from .download import Source, fetch
 
 _HF = "https://huggingface.co/datasets"
 _GITHUB = "https://raw.githubusercontent.com"
-_QWEN = f"{_GITHUB}/QwenLM/Qwen2.5-Math/main/evaluation/data"
+_QWEN = f"{_GITHUB}/QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The problems of a task, what was wrong with others, and the checksum of what was read."""
+    """The problems of a task, what was wrong with others, and the checksum of what was read; `is_new` where it was
+    fetched just now."""
 
     name: str
     sha256: str
@@ -45,6 +46,7 @@ class Loaded:
     grader: str
     problems: list[Problem]
     bad: list[BadRow]
+    is_new: bool = False
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -185,10 +187,16 @@ def _load(argument: str, folder: Path, data: Path | None, task: Task | None, nam
         grader, licence = (task.grader, task.licence) if task else ("math", "the file's own")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return Loaded(argument if task else path.stem, digest, licence, grader, found, bad)
+    is_new = not all((folder / task.name / source.name).is_file() for source in task.sources)
     paths = [fetch(source, folder / task.name, task.name) for source in task.sources]
     found, bad = _convert(task, paths)
+    if len(found) != task.n_problems:
+        raise InputError(
+            f"{' and '.join(map(str, paths))} hold {len(found)} problems and not the {task.n_problems} of the task "
+            f"{task.name}; delete them so that they are fetched again"
+        )
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-    return Loaded(task.name, digest, task.licence, task.grader, found, bad)
+    return Loaded(task.name, digest, task.licence, task.grader, found, bad, is_new)
 
 
 def _convert(task: Task, paths: list[Path]) -> tuple[list[Problem], list[BadRow]]:

@@ -3,11 +3,18 @@
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from localreason.cli import config
+from localreason.cli.evaluation.configuration import make_configurations
+from localreason.cli.evaluation.run import Plan
+from localreason.cli.evaluation.run import run as run_plan
+from localreason.cli.evaluation.tasks import Loaded
 from localreason.cli.main import ExitCode, main
+from localreason.cli.problems import Problem
 from tests.cli.conftest import rows
 from tests.cli.fake import FakeModel, wiring
 from tests.gguf_models import TEMPLATE, write_model
@@ -200,6 +207,24 @@ def test_rows_without_a_gold_answer_and_double_ids_are_told_and_left_out(
 def test_letters_that_are_none_cannot_be_graded(model: str, problems: Problems, capfd: pytest.CaptureFixture[str]):
     assert run(problems("one"), "--model", model, "--grader", "choice") == ExitCode.INPUT
     assert "none of the 1 rows of problems can be graded" in capfd.readouterr().err
+
+
+def test_the_terms_of_a_task_are_told_when_it_is_fetched(model: str, capfd: pytest.CaptureFixture[str]):
+    settings = config.load({"model": model})
+    task = Loaded("sums", "0" * 64, "MIT", "math", [Problem("p0", "one", "7")], [])
+    plan = Plan(
+        settings,
+        wiring(),
+        task,
+        "math",
+        "{problem}",
+        make_configurations(settings, ["safe"], (), False),
+        1,
+        Path("out"),
+    )
+    for is_new in (True, False):
+        assert run_plan(replace(plan, task=replace(task, is_new=is_new))) == ExitCode.OK
+        assert ("the task sums was fetched; its terms: MIT" in capfd.readouterr().err) is is_new
 
 
 def test_choices_are_written_behind_the_question(model: str, home: Path):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -77,7 +78,15 @@ def test_a_task_is_fetched_once_and_its_checksum_kept(server: str, tmp_path: Pat
     assert found.sha256 == digest
     assert (tmp_path / "sums/test.jsonl.sha256").read_text().split()[0] == digest
     Server.files = {}
-    assert load_task("sums", tmp_path, tasks=task(f"{server}/good")).problems == found.problems
+    again = load_task("sums", tmp_path, tasks=task(f"{server}/good"))
+    assert again.problems == found.problems
+    assert (found.is_new, again.is_new) == (True, False)
+
+
+def test_a_task_with_other_problems_than_it_should_have_is_refused(server: str, tmp_path: Path):
+    Server.files["/good"] *= 2
+    with pytest.raises(InputError, match=r"hold 2 problems and not the 1 of the task sums; delete them"):
+        load_task("sums", tmp_path, tasks=task(f"{server}/good"))
 
 
 def test_a_file_that_has_changed_is_refused(server: str, tmp_path: Path):
@@ -137,6 +146,7 @@ def test_every_task_has_a_home_and_terms():
         assert one.licence
         assert all(source.url.startswith("https://") for source in one.sources)
         assert all(source.sha256 is None or len(source.sha256) == 64 for source in one.sources)
+        assert all(re.search(r"/[0-9a-f]{40}/", source.url) for source in one.sources), "a branch moves"
 
 
 def test_a_task_reads_its_problems_from_a_given_file(home: Path):
