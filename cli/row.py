@@ -73,7 +73,8 @@ class Row:
     is_unclosed: bool = False
     """Whether the reply ended inside the thinking."""
     wall_seconds: float = 0.0
-    """Seconds since the run's row before this one; their sum is the time that the run took."""
+    """Seconds since the run's row before this one; their sum is the time that the run took. Work on problems that an
+    interruption broke off is in the rows that ended beside them, and again in those of the run that went on."""
     trace: list[list[Any]] | None = None
     """What happened, step by step, where `--trace` asked for it; see trace.py."""
 

@@ -45,7 +45,7 @@ class Summary:
     probe: float
     """Tokens of tentative answers, of all samples."""
     seconds: float
-    """Wall time of the run a row, others in flight beside it."""
+    """Wall time of the run a row, others in flight beside it; too high after an interruption, by what was in flight."""
     tokens_per_second: float
     """All sampled tokens of the run in its wall time."""
 
