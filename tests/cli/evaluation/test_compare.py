@@ -164,34 +164,32 @@ def test_a_name_is_one_printable_line_wherever_it_is_shown(home: Path, capsys: p
     assert "a <script> |思考" in ET.parse("report/accuracy.svg").getroot().itertext()
 
 
-def _broken(**changes: object) -> str:
-    return json.dumps({**json.loads(to_line(row("p1"))), **changes}) + "\n"
-
-
 @pytest.mark.parametrize(
-    "line",
+    "changes",
     [
-        _broken(tokens="abc"),
-        _broken(tokens={}),
-        _broken(tokens={**row().tokens, "thinking": None}),
-        _broken(tokens={**row().tokens, "thinking": 10**400}),
-        _broken(counters=None),
-        _broken(counters={"search": {"sampled_tokens": "many"}}),
-        _broken(correct="no"),
-        _broken(wall_seconds=float("nan")),
-        _broken(wall_seconds=1e308),
-        _broken(recipe={"x": float("inf")}),
-        _broken(model={"name": "x"}),
-        _broken(answer="\ud800"),
-        _broken(repeat=True),
-        _broken(trace=[[0, "token", "x", "think", "guessed"]]),
-        _broken(trace=[[0, "token"]]),
+        {"tokens": "abc"},
+        {"tokens": {}},
+        {"tokens": {**row().tokens, "thinking": None}},
+        {"tokens": {**row().tokens, "thinking": 10**400}},
+        {"counters": None},
+        {"counters": {"search": {"sampled_tokens": "many"}}},
+        {"correct": "no"},
+        {"wall_seconds": float("nan")},
+        {"wall_seconds": 1e308},
+        {"recipe": {"x": float("inf")}},
+        {"model": {"name": "x"}},
+        {"answer": "\ud800"},
+        {"repeat": True},
+        {"trace": [[0, "token", "x", "think", "guessed"]]},
+        {"trace": [[0, "token"]]},
     ],
 )
-def test_a_row_that_is_none_of_ours_is_refused_with_its_line(home: Path, capsys: pytest.CaptureFixture[str], line: str):
+def test_a_row_that_is_none_of_ours_is_refused_with_its_line(
+    home: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object]
+):
     path = sample(home)
     with Path(path).open("a") as file:
-        file.write(line)
+        file.write(json.dumps({**json.loads(to_line(row("p1"))), **changes}) + "\n")
     assert compare(path, "--json") == ExitCode.INPUT
     assert f"{path} line 8 is not a result of ours" in capsys.readouterr().err
 
