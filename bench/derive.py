@@ -34,11 +34,13 @@ from localreason.cli.evaluation.graders import Reply
 from localreason.cli.evaluation.judge import Judge
 from localreason.cli.problems import Problem
 from localreason.cli.row import Row, make_row, read_rows, to_line
+from localreason.runtime.controls.control import Control, Force
 from localreason.runtime.decode import Request
 from localreason.runtime.llama import EngineOptions
 from localreason.runtime.model import Answered, Model, Question
 from localreason.runtime.prompt import Prompter
 from localreason.runtime.recipe import Recipe
+from localreason.runtime.sequence import Origin, Sequence
 
 
 class Pieces:
@@ -172,8 +174,22 @@ def is_untouched(row: Row, one: Configuration) -> bool:
     return row.tokens["thinking"] < min(wanted.max, wanted.total or wanted.max) - min(wanted.slack, wanted.max // 8)
 
 
+class Recall(Control):
+    """Puts what was sampled once into a sequence, as if it were sampled again; a control that cuts it discards the
+    rest."""
+
+    name = "recall"
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self.counters = {}
+
+    def begin(self, sequence: Sequence):
+        return (Force(tuple(self.tokens), Origin.SAMPLED),)
+
+
 class Continued(Model):
-    """A model that thinks what rows say until something was forced, and what it samples from there on."""
+    """A model that thinks what rows say until a control acts, and what it samples from there on."""
 
     def know(self, rows: list[Row]) -> None:
         # A budget may leave one alone that ends close to it; then the end that was sampled counts.
@@ -186,14 +202,8 @@ class Continued(Model):
     def samples(self, prompt, recipe: Recipe, id: str = "") -> list[Request]:
         requests = super().samples(prompt, recipe, id)
         for request in requests:
-            request.sample = partial(self._next, request, deque(self.recorded[id]), request.sample)
+            request.controls.append(Recall(self.recorded[id]))
         return requests
-
-    def _next(self, request: Request, recorded: deque[int], draw, row) -> int:
-        token = draw(row)  # the random numbers go on as they did then
-        if request.sequence.counts.forced:
-            recorded.clear()
-        return recorded.popleft() if recorded else token
 
 
 def continue_rows(rows: list[Row], one: Configuration, model: Continued, judge: Judge) -> Iterator[Row]:
@@ -207,6 +217,7 @@ def continue_rows(rows: list[Row], one: Configuration, model: Continued, judge: 
         assert event.result.error is None, event.result.error
         row = by_id[event.result.id]
         new = make_row(event.result, Problem(row.id, row.problem), row.model, one.recipe.describe())
+        del new.counters["recall"]
         verdict = judge.grade(Reply(row.problem, new.text, row.gold or ""))
         yield replace(
             new,
