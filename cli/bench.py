@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-_SUFFIXES = (".json", ".md", ".csv")
+_SUFFIXES = (".json", ".md", ".csv", ".svg", ".png")
 Lengths = Annotated[str, typer.Option("--lengths", help="Tokens of the prompts, separated by commas.")]
 Batches = Annotated[str, typer.Option("--batches", help="Sequences at once, separated by commas, ascending.")]
 Tokens = Annotated[int, typer.Option("--tokens", min=2, max=1 << 16, help="Tokens that each sequence decodes.")]
 Runs = Annotated[int, typer.Option("--runs", min=1, max=1000, help="Runs of each case.")]
 Out = Annotated[
     list[Path] | None,
-    typer.Option("-o", "--out", help="Write FILE.json, FILE.md or FILE.csv; may be repeated."),
+    typer.Option("-o", "--out", help="Write FILE.json, .md, .csv, or a picture as .svg or .png; may be repeated."),
 ]
 Compare = Annotated[Path | None, typer.Option("--compare", help="An older record in JSON; ratios to it are shown.")]
 
@@ -54,7 +54,7 @@ def bench(
 
     \b
     Examples:
-      localreason bench -m qwen3-1.7b -o bench.json -o bench.md
+      localreason bench -m qwen3-1.7b -o bench.json -o bench.svg
       localreason bench -m qwen3-1.7b --compare bench.json --lengths 128,1024 --batches 1,4
     """
     from .benchmark.measure import Sizes
@@ -90,7 +90,7 @@ def _measure(settings: config.Config, wiring: build.Wiring, sizes: "Sizes") -> d
         if settings.settings.cluster:
             opened: Any = wiring.open_model(path, options, settings)
             with contextlib.closing(opened):
-                found["ring"] = measure_ring(opened.engine, engine, tokenizer, sizes)
+                found |= measure_ring(opened.engine, engine, tokenizer, sizes)
     about = describe_run(path, checksum.sha256(path))
     threads = settings.settings.threads or physical_cores()
     about |= {"threads": threads, "gpu_layers": _gpu_layers(settings), "cache_type": engine.memory.cache_type}
@@ -140,10 +140,15 @@ def _numbers(text: str, option: str, most: int) -> tuple[int, ...]:
 
 
 def _write(path: Path, record: dict[str, Any], old: dict[str, Any] | None) -> None:
+    from .benchmark.picture import as_picture
     from .benchmark.report import as_csv, as_json, as_markdown
 
-    form = {".json": as_json, ".md": as_markdown, ".csv": as_csv}[path.suffix]
+    forms = {".json": as_json, ".md": as_markdown, ".csv": as_csv}
+    if path.suffix in forms:
+        data = forms[path.suffix](record, old).encode()
+    else:
+        data = as_picture(record, path.suffix.removeprefix("."))
     try:
-        path.write_text(form(record, old), "utf-8")
+        path.write_bytes(data)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}; give another --out") from error

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.controls import CONTROLS, Setup, combine
+from ...runtime.controls.search import FirstFinishSearch
 from ...runtime.decode import Request, decode
 from ...runtime.engine import Engine, Row, Span
 from ...runtime.events import Token
@@ -25,6 +26,7 @@ ARMED: Mapping[str, tuple[str, ...]] = {
     "budget": (f"budget:max={_NEVER}",),
     "hint": (f"hint:alpha={_NEVER}",),
     "suppress": ("suppress:task=none",),
+    "search": ("search:n=1",),
     "all three": (f"budget:max={_NEVER}", f"hint:alpha={_NEVER}", "suppress:task=none"),
     "all three, with probes": (f"budget:max={_NEVER}", f"hint:alpha={_NEVER}", "suppress:task=math"),
 }
@@ -88,6 +90,9 @@ def run_armed(
     setup = Setup(tokenizer, FORMATS["think"])
     sequence = Tokens(list(prompt), limit=n_tokens + 1)
     armed = [CONTROLS[parameters.control](parameters, setup) for parameters in chosen]
+    for control in armed:
+        if isinstance(control, FirstFinishSearch):
+            control.join(sequence)
     request = Request(sequence, PhaseTracker(FORMATS["think"], "<think>\n"), _greedy, armed)
     begun = time.perf_counter()
     started = 0.0

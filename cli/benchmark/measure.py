@@ -33,7 +33,7 @@ class Sizes:
     def n_context(self) -> int:
         """Cells that hold every case."""
         batch = max(self.lengths[0], 32) + max(self.batches) * (self.n_tokens + 1)
-        return max(batch, max(self.lengths) + 1, 2 * (32 + self.n_tokens)) + 256
+        return max(batch, max(self.lengths) + 1 + self.n_tokens, 2 * (32 + self.n_tokens)) + 256
 
 
 def measure(engine: Any, tokenizer: Any, sizes: Sizes, load_seconds: float) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def measure(engine: Any, tokenizer: Any, sizes: Sizes, load_seconds: float) -> d
         "load_seconds": load_seconds,
         "prefill": _prefill(engine, tokenizer, sizes),
         "decode": _decode(engine, tokenizer, sizes, prompt),
+        "context": _behind_context(engine, tokenizer, sizes),
         "controls": _controls(engine, tokenizer, sizes, prompt),
         "peak_bytes": peak_bytes(),
         "weights_bytes": engine.memory.weights_bytes,
@@ -55,28 +56,30 @@ def measure(engine: Any, tokenizer: Any, sizes: Sizes, load_seconds: float) -> d
     }
 
 
-def measure_ring(ring: Engine, whole: Engine, tokenizer: Any, sizes: Sizes) -> list[dict[str, Any]]:
-    """The ring against the whole model on this machine, with several sequences in flight."""
+def measure_ring(ring: Engine, whole: Engine, tokenizer: Any, sizes: Sizes) -> dict[str, list[dict[str, Any]]]:
+    """The ring against the whole model on this machine: with several sequences in flight, and prompts."""
     prompt = prompt_of(tokenizer, min(32, sizes.lengths[0]))
-    rows = []
-    for n in sizes.batches:
-        found = take_turns(
-            {
-                "ring": lambda n=n: run_batch(ring, tokenizer, prompt, n, sizes.n_tokens).tokens_per_second,
-                "whole": lambda n=n: run_batch(whole, tokenizer, prompt, n, sizes.n_tokens).tokens_per_second,
-            },
-            sizes.n_runs,
-        )
-        ratio = statistics.median(a / b for a, b in zip(found["ring"], found["whole"], strict=True))
-        rows.append(
-            {
-                "sequences": n,
-                "tokens_per_second": statistics.median(found["ring"]),
-                "whole_tokens_per_second": statistics.median(found["whole"]),
-                "ratio": ratio,
-            }
-        )
-    return rows
+
+    def compare(speed: Callable[[Engine], float]) -> dict[str, float]:
+        found = take_turns({"ring": lambda: speed(ring), "whole": lambda: speed(whole)}, sizes.n_runs)
+        return {
+            "tokens_per_second": statistics.median(found["ring"]),
+            "whole_tokens_per_second": statistics.median(found["whole"]),
+            "ratio": statistics.median(a / b for a, b in zip(found["ring"], found["whole"], strict=True)),
+        }
+
+    def decode(n: int) -> Callable[[Engine], float]:
+        return lambda engine: run_batch(engine, tokenizer, prompt, n, sizes.n_tokens).tokens_per_second
+
+    def prefill(n: int) -> Callable[[Engine], float]:
+        ids = prompt_of(tokenizer, n)
+        # By the loop, which has several pieces of the prompt under way.
+        return lambda engine: n / run_batch(engine, tokenizer, ids, 1, 1).first_seconds
+
+    return {
+        "ring": [{"sequences": n, **compare(decode(n))} for n in sizes.batches],
+        "ring_prefill": [{"tokens": n, **compare(prefill(n))} for n in sizes.lengths],
+    }
 
 
 def take_turns(cases: Mapping[str, Callable[[], float]], n_runs: int) -> dict[str, list[float]]:
@@ -91,7 +94,7 @@ def take_turns(cases: Mapping[str, Callable[[], float]], n_runs: int) -> dict[st
 
 
 def _check(engine: Engine, sizes: Sizes) -> None:
-    longest = max(max(sizes.lengths) + 1, 33 + sizes.n_tokens)
+    longest = max(sizes.lengths) + 1 + sizes.n_tokens
     if longest > engine.n_context_sequence:
         raise InputError(
             f"a case of {longest} tokens is above the {engine.n_context_sequence} that the model holds; "
@@ -126,6 +129,27 @@ def _decode(engine: Engine, tokenizer: Tokenizer, sizes: Sizes, prompt: list[int
     return [
         {
             "sequences": int(name),
+            "tokens_per_second": statistics.median(speeds),
+            "ratio": statistics.median(a / b for a, b in zip(speeds, first, strict=True)),
+        }
+        for name, speeds in found.items()
+    ]
+
+
+def _behind_context(engine: Engine, tokenizer: Tokenizer, sizes: Sizes) -> list[dict[str, Any]]:
+    """What a longer context leaves of the speed of one sequence."""
+    prompts = {n: prompt_of(tokenizer, n) for n in sizes.lengths}
+    found = take_turns(
+        {
+            str(n): lambda ids=ids: run_batch(engine, tokenizer, ids, 1, sizes.n_tokens).tokens_per_second
+            for n, ids in prompts.items()
+        },
+        sizes.n_runs,
+    )
+    first = found[str(sizes.lengths[0])]
+    return [
+        {
+            "context_tokens": int(name),
             "tokens_per_second": statistics.median(speeds),
             "ratio": statistics.median(a / b for a, b in zip(speeds, first, strict=True)),
         }

@@ -24,7 +24,7 @@ _SAME = (
     "n_prompt",
 )
 """What two records must share for a ratio to be of the speed alone."""
-PARTS = ("prefill", "decode", "controls", "ring")
+PARTS = ("prefill", "decode", "context", "controls", "ring", "ring_prefill")
 
 
 def numbers(record: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
@@ -58,6 +58,8 @@ def differences(record: dict[str, Any], old: dict[str, Any]) -> dict[str, dict[s
 def _what(row: dict[str, Any]) -> str:
     if "armed" in row:
         return str(row["armed"])
+    if "context_tokens" in row:
+        return f"behind {row['context_tokens']} tokens"
     if "sequences" in row:
         return f"{row['sequences']} sequence{'s' * (row['sequences'] != 1)}"
     return f"{row['tokens']} tokens"
@@ -79,8 +81,10 @@ def as_markdown(record: dict[str, Any], old: dict[str, Any] | None = None) -> st
     for part, title, ratio in (
         ("prefill", "Prefill", ""),
         ("decode", "Decode, all sequences together", "to the first"),
+        ("context", "Decode of one sequence behind a longer context", "to the first"),
         ("controls", "One sequence with controls armed", "to the bare loop"),
-        ("ring", "The ring", "to one machine"),
+        ("ring", "The ring, all sequences together", "to one machine"),
+        ("ring_prefill", "Prefill of the ring", "to one machine"),
     ):
         if record.get(part):
             lines += ["", f"## {title}", "", *_rows(record[part], ratio)]

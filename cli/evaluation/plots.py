@@ -1,14 +1,12 @@
-"""The pictures of a comparison, by matplotlib (extra `eval`). Names are drawn as they are, never as formulas."""
+"""The pictures of a comparison."""
 
-import io
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...runtime.errors import InputError, OutputError
+from ...runtime.errors import OutputError
+from ..plotting import KINDS, encode, figure
 from .compare import Run
 from .statistics import at_budgets, pareto
 
@@ -94,30 +92,13 @@ PLOTS: dict[str, tuple[str, Callable[["Axes", Sequence[Run]], None]]] = {
 def draw(name: str, runs: Sequence[Run], kind: str) -> bytes:
     """One of `PLOTS` as the content of a "png" or "svg" file. Raises InputError where matplotlib is missing."""
     title, paint = PLOTS[name]
-    with _matplotlib(name) as figure_type:
-        figure = figure_type(figsize=_SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
+    with figure(name, _SIZE_INCHES, "give --no-plots") as painted:
+        axes = painted.add_subplot()
         paint(axes, runs)
         axes.set_title(title)
         axes.grid(alpha=0.25)
         axes.legend(fontsize="small")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()
-
-
-@contextmanager
-def _matplotlib(salt: str) -> Iterator[Any]:
-    """matplotlib's figure; the same numbers give the same file."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError('plots need matplotlib; run pip install "localreason[eval]", or give --no-plots') from error
-    settings: Any = {"text.parse_math": False, "svg.hashsalt": f"localreason {salt}", "svg.fonttype": "none"}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # of a name in letters that the font lacks
-        yield Figure
+        return encode(painted, kind)
 
 
 def inline_svg(name: str, runs: Sequence[Run]) -> str:
@@ -131,7 +112,7 @@ def write_plots(folder: Path, runs: Sequence[Run]) -> list[Path]:
     """Every plot as PNG and SVG. Raises OutputError."""
     paths = []
     for name in PLOTS:
-        for kind in ("png", "svg"):
+        for kind in KINDS:
             path = folder / f"{name}.{kind}"
             data = draw(name, runs, kind)
             try:

@@ -5,6 +5,7 @@ import json
 import platform
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -16,13 +17,15 @@ SMALL = ["--tokens", "4", "--runs", "2", "--lengths", "8,24", "--batches", "1,2"
 
 
 def test_every_part_is_measured_and_written(tiny_model: Path, home: Path, capsys: pytest.CaptureFixture[str]):
-    files = ["-o", "b.json", "-o", "b.md", "-o", "b.csv"]
+    files = ["-o", "b.json", "-o", "b.md", "-o", "b.csv", "-o", "b.svg", "-o", "b.png"]
     assert main(["bench", "-m", str(tiny_model), *SMALL, *files]) == ExitCode.OK
     record = json.loads(Path("b.json").read_text())
     assert [row["tokens"] for row in record["prefill"]] == [8, 24]
     assert [row["sequences"] for row in record["decode"]] == [1, 2]
     assert record["controls"][0] == {**record["controls"][0], "armed": "bare loop", "ratio": 1.0}
-    assert {"budget", "hint", "suppress"} <= {row["armed"] for row in record["controls"]}
+    assert {"budget", "hint", "suppress", "search"} <= {row["armed"] for row in record["controls"]}
+    assert [row["context_tokens"] for row in record["context"]] == [8, 24]
+    assert record["context"][0]["ratio"] == 1
     assert record["load_seconds"] > 0
     assert record["peak_bytes"] > record["weights_bytes"] > 0
     assert record["method"]
@@ -35,6 +38,10 @@ def test_every_part_is_measured_and_written(tiny_model: Path, home: Path, capsys
     assert (record["n_prompt"], record["cache_type"]) == (8, "f16")
     assert ["decode", "2 sequences"] in [row[:2] for row in rows]
     assert Path("b.md").read_text() == capsys.readouterr().out
+    drawn = ElementTree.fromstring(Path("b.svg").read_bytes())
+    texts = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Prefill", "Decode of one sequence", "suppress"} <= set(texts)
+    assert Path("b.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_older_record_gives_ratios(tiny_model: Path, home: Path, capsys: pytest.CaptureFixture[str]):
@@ -66,9 +73,10 @@ def test_an_older_record_gives_ratios(tiny_model: Path, home: Path, capsys: pyte
 def test_a_ring_is_measured_against_this_machine(tiny_model: Path, home: Path, capsys: pytest.CaptureFixture[str]):
     wired = Wiring(open_model=lambda path, options, config: Model.open(path, options))
     assert main(["bench", "-m", str(tiny_model), *SMALL, "--cluster", "--json"], wired) == ExitCode.OK
-    ring = json.loads(capsys.readouterr().out)["ring"]
-    assert [row["sequences"] for row in ring] == [1, 2]
-    assert all(row["ratio"] > 0 for row in ring)
+    record = json.loads(capsys.readouterr().out)
+    assert [row["sequences"] for row in record["ring"]] == [1, 2]
+    assert [row["tokens"] for row in record["ring_prefill"]] == [8, 24]
+    assert all(row["ratio"] > 0 for part in ("ring", "ring_prefill") for row in record[part])
 
 
 @pytest.mark.parametrize(
