@@ -2,8 +2,8 @@
 
     python bench/decode.py MODEL.gguf [--tokens 128] [--runs 7] [--out bench/results/decode-NAME.json]
 
-Both loops run in one process over one context, interleaved, the stop tokens banned by going on regardless; what counts
-is the ratio of the medians. The last line is JSON. Peak memory is measured in a process of its own for each loop.
+Both loops run in one process over one context, in turns, the stop tokens passed over; what counts is the median of the
+ratios within a turn. The last line is JSON. Peak memory is measured in a process of its own for each loop.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from record import describe_run
 
 from localreason.cli.benchmark.loops import ARMED, TEXT, prompt_of, run_armed, run_bare
 from localreason.cli.benchmark.machine import peak_bytes
+from localreason.cli.benchmark.measure import take_turns
 from localreason.runtime.llama import EngineOptions, load
 from localreason.runtime.native import library
 
@@ -31,21 +32,22 @@ def measure(path, n_tokens, n_runs):
     def full(name):
         return run_armed(engine, tokenizer, prompt, n_tokens, ARMED[name])
 
-    run_bare(engine, prompt, 16)
-    full("all three")
-    runs = []
-    for _ in range(n_runs):
-        bare, armed, probed = run_bare(engine, prompt, n_tokens), full("all three"), full("all three, with probes")
-        runs.append((bare, n_tokens / armed.tokens_per_second, n_tokens / probed.tokens_per_second, probed.n_probe))
+    cases = {
+        "bare": lambda: n_tokens / run_bare(engine, prompt, n_tokens),
+        "full": lambda: full("all three").tokens_per_second,
+        "probed": lambda: full("all three, with probes").tokens_per_second,
+    }
+    found = take_turns(cases, n_runs)
+    n_probe = full("all three, with probes").n_probe
     engine.close()
-    bare_seconds, full_seconds, probed_seconds, _ = (statistics.median(values) for values in zip(*runs, strict=True))
+    ratios = {name: [a / b for a, b in zip(speeds, found["bare"], strict=True)] for name, speeds in found.items()}
     return {
-        "bare_tokens_per_second": round(n_tokens / bare_seconds, 1),
-        "full_tokens_per_second": round(n_tokens / full_seconds, 1),
-        "ratio": round(bare_seconds / full_seconds, 4),
-        "ratio_per_run": [round(run[0] / run[1], 4) for run in runs],
-        "ratio_with_probes": round(bare_seconds / probed_seconds, 4),
-        "probe_tokens": runs[-1][3],
+        "bare_tokens_per_second": round(statistics.median(found["bare"]), 1),
+        "full_tokens_per_second": round(statistics.median(found["full"]), 1),
+        "ratio": round(statistics.median(ratios["full"]), 4),
+        "ratio_per_run": [round(ratio, 4) for ratio in ratios["full"]],
+        "ratio_with_probes": round(statistics.median(ratios["probed"]), 4),
+        "probe_tokens": n_probe,
     }
 
 

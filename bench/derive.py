@@ -221,7 +221,7 @@ def continue_rows(rows: list[Row], one: Configuration, model: Continued, judge: 
         verdict = judge.grade(Reply(row.problem, new.text, row.gold or ""))
         yield replace(
             new,
-            **{name: getattr(row, name) for name in ("repeat", "gold", "seconds", "wall_seconds")},
+            **{name: getattr(row, name) for name in ("repeat", "gold", "seconds", "wall_seconds", "peak_bytes")},
             answer=verdict.answer,
             correct=verdict.is_correct,
         )

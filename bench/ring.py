@@ -20,12 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from record import describe_run
 
+from localreason.cli.benchmark.loops import Endless, run_batch
+from localreason.cli.benchmark.measure import take_turns
 from localreason.cluster.formation import HEAD, Assignment, Placement
 from localreason.cluster.gate import TlsGate
 from localreason.cluster.identity import Identity, Peers
@@ -96,34 +99,8 @@ class Home:
             process.kill()
 
 
-def run(engine, tokenizer, sample, prompt, n_sequences, n_tokens):
-    """Seconds to the first token of all, and tokens a second of all sequences together after it."""
-
-    def requests():
-        for i in range(n_sequences):
-            sequence = Sequence(list(prompt), id=str(i), limit=n_tokens)
-            yield Request(sequence, PhaseTracker(FORMATS["none"], ""), sample, [])
-
-    started, first, n = time.perf_counter(), {}, 0
-    for event in decode(engine, tokenizer, requests()):
-        if isinstance(event, Token) and not event.is_continued:
-            now = time.perf_counter()
-            first.setdefault(event.sequence.id, now)
-            n += len(first) == n_sequences
-    ended = time.perf_counter()
-    begun = max(first.values())
-    return begun - started, (n - 1) / max(1e-9, ended - begun)
-
-
-def medians(cases, repeats):
-    """Median result of each case; the cases take turns."""
-    results = {name: [] for name in cases}
-    for case in cases.values():
-        case()  # a warm-up
-    for _ in range(repeats):
-        for name, case in cases.items():
-            results[name].append(case())
-    return {name: statistics.median(values) for name, values in results.items()}
+def medians(found):
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 class Bench:
@@ -132,14 +109,8 @@ class Bench:
         self.tokenizer = load_tokenizer(options.model)
         ids = self.tokenizer.encode(TEXT * 40)
         self.short, self.long = ids[:32], ids[:512]
-        self.ends = [token for token in range(self.tokenizer.n_vocab) if self.tokenizer.is_end(token)]
         self.node_layers, self.head_layers = map(int, options.split.split(","))
         self.n_layers = self.node_layers + self.head_layers
-
-    def sample(self, row):
-        """The likeliest token that is no end."""
-        row[self.ends] = -np.inf
-        return int(row.argmax())
 
     def balanced(self):
         return [("n0", self.node_layers), (HEAD, self.head_layers)]
@@ -155,21 +126,32 @@ class Bench:
         return load(self.options.model, EngineOptions(N_CONTEXT, n_sequences, 1, n_gpu_layers=0))[0]
 
     def speed(self, engine, n_sequences):
-        return lambda: run(engine, self.tokenizer, self.sample, self.short, n_sequences, self.options.tokens)[1]
+        """A case: tokens a second of all sequences together."""
+        return lambda: run_batch(engine, self.tokenizer, self.short, n_sequences, self.options.tokens).tokens_per_second
+
+    def prompt_seconds(self, engine):
+        return run_batch(engine, self.tokenizer, self.long, 1, 1).first_seconds
+
+    def in_turns(self, openings, sequences):
+        """The median speed of each ring with each number of sequences in flight. A node serves one ring at a time, so
+        they are opened and closed in turns."""
+        found = {}
+        for _ in range(self.options.repeats):
+            for name, opening in openings.items():
+                with opening() as ring:
+                    self.speed(ring, 1)()  # a warm-up
+                    for n in sequences:
+                        found.setdefault(f"{name}, {n}", []).append(self.speed(ring, n)())
+        return {"tokens_per_second": medians(found)}
 
     def decode(self, home):
         with contextlib.closing(self.whole()) as whole, home.ring(self.balanced(), n_threads=1) as ring:
-            found = medians(
-                {
-                    "whole, 1": self.speed(whole, 1),
-                    "ring, 1": self.speed(ring, 1),
-                    "ring, 2": self.speed(ring, 2),
-                    "ring, 4": self.speed(ring, 4),
-                    "whole, 2": self.speed(whole, 2),
-                    "whole, 4": self.speed(whole, 4),
-                },
-                self.options.repeats,
-            )
+            cases = {
+                f"{name}, {n}": self.speed(engine, n)
+                for name, engine in (("whole", whole), ("ring", ring))
+                for n in (1, 2, 4)
+            }
+            found = medians(take_turns(cases, self.options.repeats))
         return {
             "tokens_per_second": found,
             "ring_1_to_whole_1": found["ring, 1"] / found["whole, 1"],
@@ -201,7 +183,7 @@ class Bench:
             cases = {
                 f"{what}, {n}": lambda n=n, what=what: speed(n, what) for what in ("decode", "prefill") for n in (1, 2)
             }
-            found = medians(cases, self.options.repeats)
+            found = medians(take_turns(cases, self.options.repeats))
         finally:
             for process in processes:
                 process.terminate()
@@ -211,53 +193,39 @@ class Bench:
         # Of a prompt only the last token meets the output matrix, so here equal windows are balanced.
         even = [("n0", self.n_layers - self.n_layers // 2), (HEAD, self.n_layers // 2)]
         with contextlib.closing(self.whole(1)) as whole, home.ring(even, 1, n_threads=1) as ring:
-            found = medians(
-                {
-                    "whole": lambda: run(whole, self.tokenizer, self.sample, self.long, 1, 1)[0],
-                    "ring": lambda: run(ring, self.tokenizer, self.sample, self.long, 1, 1)[0],
-                },
-                self.options.repeats,
-            )
+            cases = {"whole": lambda: self.prompt_seconds(whole), "ring": lambda: self.prompt_seconds(ring)}
+            found = medians(take_turns(cases, self.options.repeats))
         return {"seconds_for_512_tokens": found, "ring_to_whole_speed": found["whole"] / found["ring"]}
 
     def rounds(self, home):
-        cases = {}
-        for k in (1, 2, 4):
-            windows = []
+        def windows(k):
             for i in range(k):
-                windows.append(("n0", self.node_layers * (i + 1) // k - self.node_layers * i // k))
-                windows.append((HEAD, self.head_layers * (i + 1) // k - self.head_layers * i // k))
-            with home.ring(windows, n_threads=1) as ring:  # one after the other: a node serves one ring
-                cases[f"{k} rounds, 1"] = medians({"": self.speed(ring, 1)}, self.options.repeats)[""]
-                cases[f"{k} rounds, 4"] = medians({"": self.speed(ring, 4)}, self.options.repeats)[""]
-        return {"tokens_per_second": cases}
+                yield "n0", self.node_layers * (i + 1) // k - self.node_layers * i // k
+                yield HEAD, self.head_layers * (i + 1) // k - self.head_layers * i // k
+
+        openings = {f"{k} rounds": lambda k=k: home.ring(list(windows(k)), n_threads=1) for k in (1, 2, 4)}
+        return self.in_turns(openings, (1, 4))
 
     def nodes(self, home):
-        cases = {}
-        for n in (1, 2, 3):
-            names = [f"n{i}" for i in range(n)]
-            with home.ring(self.spread(names), n_threads=1) as ring:
-                for m in (1, 4):
-                    found = medians({"": self.speed(ring, m)}, self.options.repeats)[""]
-                    cases[f"{n + 1} nodes, {m} in flight"] = found
-        return {"tokens_per_second": cases}
+        names = ["n0", "n1", "n2"]
+        openings = {f"{n + 1} nodes": lambda n=n: home.ring(self.spread(names[:n]), n_threads=1) for n in (1, 2, 3)}
+        return self.in_turns(openings, (1, 4))
 
     def delay(self, home):
         """A proxy between the machines holds every byte back for 3 ms in each direction."""
-        _, address = home.nodes["n0"]
+        _, near = home.nodes["n0"]
         ready = multiprocessing.Queue()
-        proxy = multiprocessing.Process(target=_proxy, args=(address.port, 0.003, ready), daemon=True)
+        proxy = multiprocessing.Process(target=_proxy, args=(near.port, 0.003, ready), daemon=True)
         proxy.start()
-        far = Address(address.name, "127.0.0.1", ready.get(timeout=10), address.certificate)
-        cases = {}
+        far = replace(near, port=ready.get(timeout=10))
+        openings = {
+            name: lambda address=address: home.ring(self.balanced(), addresses=[address], n_threads=1)
+            for name, address in (("near", near), ("3 ms away", far))
+        }
         try:
-            for name, addresses in (("near", [address]), ("3 ms away", [far])):
-                with home.ring(self.balanced(), addresses=addresses, n_threads=1) as ring:
-                    for m in (1, 2, 4):
-                        cases[f"{name}, {m}"] = medians({"": self.speed(ring, m)}, self.options.repeats)[""]
+            return self.in_turns(openings, (1, 2, 4))
         finally:
             proxy.terminate()
-        return {"tokens_per_second": cases}
 
     def recovery(self, home):
         """kill -9 in mid-answer: the longest wait for a token, and whether the answer stayed the same."""
@@ -272,10 +240,10 @@ class Bench:
             prompt = Request(
                 Sequence(list(self.short), id="0", limit=64),
                 PhaseTracker(FORMATS["none"], ""),
-                self.sample,
+                lambda row: int(row.argmax()),
                 [],
             )
-            for event in decode(ring, self.tokenizer, [prompt]):
+            for event in decode(ring, Endless(self.tokenizer), [prompt]):
                 if isinstance(event, Token) and not event.is_continued:
                     tokens.append(event.id)
                     times.append(time.perf_counter())
@@ -338,7 +306,7 @@ def _independent(options, pipe):
             if pipe.recv() == "decode":
                 seconds = options.tokens / bench.speed(whole, 1)()
             else:
-                seconds = run(whole, bench.tokenizer, bench.sample, bench.long, 1, 1)[0]
+                seconds = bench.prompt_seconds(whole)
             pipe.send(seconds)
 
 

@@ -75,6 +75,8 @@ class Row:
     wall_seconds: float = 0.0
     """Seconds since the run's row before this one; their sum is the time that the run took. Work on problems that an
     interruption broke off is in the rows that ended beside them, and again in those of the run that went on."""
+    peak_bytes: int = 0
+    """The most resident memory of the run so far, weights as far as they were read; 0 in rows of old."""
     trace: list[list[Any]] | None = None
     """What happened, step by step, where `--trace` asked for it; see trace.py."""
 

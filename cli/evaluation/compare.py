@@ -134,6 +134,7 @@ COLUMNS = (
     "no answer",
     "s each",
     "tokens/s",
+    "peak MiB",
 )
 """`difference` is to the first configuration, in points; `p` is McNemar's, with several repeats that of a sign test. Of
 several samples `thinking`, `cut` and `unclosed` are of the chosen one, tokens that were sampled, injected or probed of
@@ -166,6 +167,7 @@ def _cells(run: Run) -> list[str]:
         f"{found.no_answer:.0%}",
         f"{found.seconds:.2f}",
         f"{found.tokens_per_second:.1f}",
+        f"{found.peak_bytes / 2**20:.0f}" if found.peak_bytes else "",
     ]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ...runtime.errors import InputError, LocalReasonError, TemplateError
 from .. import build, checksum
 from ..batch import Tally
-from ..benchmark.machine import describe_machine
+from ..benchmark.machine import describe_machine, peak_bytes
 from ..config import Config
 from ..interrupt import Interrupts
 from ..main import ExitCode
@@ -234,6 +234,7 @@ class _Run:
         trace = recorder.take(result.id) if recorder is not None else None
         row = make_row(result, replace(problem, answer=None), self._model, one.recipe.describe(), trace)
         row = replace(row, repeat=repeat, wall_seconds=round(wall_seconds, 4), gold=problem.answer)
+        row = replace(row, peak_bytes=peak_bytes())
         if row.error is not None:
             return row
         assert problem.answer is not None

@@ -48,6 +48,8 @@ class Summary:
     """Wall time of the run a row, others in flight beside it; too high after an interruption, by what was in flight."""
     tokens_per_second: float
     """All sampled tokens of the run in its wall time."""
+    peak_bytes: int
+    """The most resident memory of the run, the other configurations' turns before included; 0 where no row tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def summarise(rows: Iterable[Row]) -> Summary:
         probe=_mean(n_unsampled(row, "probe") for row in ran),
         seconds=seconds / len(ran),
         tokens_per_second=sum(map(n_sampled, ran)) / seconds if seconds else 0.0,
+        peak_bytes=max(row.peak_bytes for row in ran),
     )
 
 

@@ -204,7 +204,7 @@ def test_a_header_that_is_none_of_ours_is_refused(home: Path, capsys: pytest.Cap
 
 
 def test_rows_of_before_lack_what_came_later(home: Path, capsys: pytest.CaptureFixture[str]):
-    later = ("problem", "gold", "repeat", "is_unclosed", "wall_seconds", "trace")
+    later = ("problem", "gold", "repeat", "is_unclosed", "wall_seconds", "peak_bytes", "trace")
     old = {name: value for name, value in json.loads(to_line(row())).items() if name not in later}
     (home / "r.jsonl").write_text(json.dumps(old) + "\n")
     assert compare("r.jsonl") == ExitCode.OK

@@ -306,7 +306,9 @@ def test_a_real_model_that_goes_on_gives_the_same_rows_and_a_trace(
     assert main(["eval", *args, "-o", "a", "--limit", "1"]) == ExitCode.OK
     for folder in ("a", "b"):
         assert main(["eval", *args, "-o", folder]) == ExitCode.OK
-    first, second = ([{**row, "seconds": 0, "wall_seconds": 0} for row in rows(f"{f}/safe.jsonl")[1:]] for f in "ab")
+    both = [rows(f"{folder}/safe.jsonl")[1:] for folder in "ab"]
+    assert all(row["peak_bytes"] > path.stat().st_size / 2 for each in both for row in each)
+    first, second = ([{**row, "seconds": 0, "wall_seconds": 0, "peak_bytes": 0} for row in each] for each in both)
     assert first == second
     steps = first[0]["trace"]
     assert "".join(step[2] for step in steps if step[1] == "token" and step[4] == "forced").count("</think>") == 1
