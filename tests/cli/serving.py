@@ -41,6 +41,7 @@ class ScriptedTokenizer(ByteTokenizer):
         self.prefix: list[int] = []
         self.control_texts = frozenset({"<|end|>"})
         self.metadata: dict[str, str] = {}
+        self.template_tokens: dict[str, str] = {}
         self.chat_template = TEMPLATE
 
     def close(self) -> None:

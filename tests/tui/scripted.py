@@ -26,6 +26,7 @@ class Tokenizer(ByteTokenizer):
         self.control_texts = frozenset({"<|end|>"})
         self.metadata: dict[str, str] = {}
         self.chat_template = template
+        self.template_tokens = {}
 
     def close(self) -> None:
         pass
