@@ -182,8 +182,7 @@ class Choice:
         chosen = self._winner()
         counters = chosen.counters
         if self._search:
-            n_sampled = sum(one.sequence.counts.thinking + one.sequence.counts.answer for one in self.samples)
-            counters = {**counters, "search": {**self._search.counters, "sampled_tokens": n_sampled}}
+            counters = {**counters, "search": self._search.tally()}
             updates = chosen.updates
         sequence, stop = chosen.sequence, chosen.stop or reason
         n_reply = sequence.n_reply - (stop == "end")

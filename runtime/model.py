@@ -242,14 +242,7 @@ def _done(tasks: dict[Sequence, _Task], event: Finished, recipe: Recipe) -> Answ
     chosen = (task.search.winner() if task.search else None) or task.sequences[0]
     counters = task.counters[chosen.sample]
     if task.search:
-        counts = [sequence.counts for sequence in task.sequences]
-        counters["search"] = {
-            **task.search.counters,
-            "sampled_tokens": sum(each.thinking + each.answer for each in counts),
-            "forced_tokens": sum(each.forced for each in counts),
-            "hint_tokens": sum(each.hint for each in counts),
-            "probe_tokens": sum(each.probe for each in counts),
-        }
+        counters["search"] = task.search.tally()
     return Answered(
         Result(
             id=task.question.id,

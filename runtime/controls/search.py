@@ -100,6 +100,17 @@ class FirstFinishSearch(Control):
         self.counters["winner"] = chosen.sample
         return chosen
 
+    def tally(self) -> dict[str, int | float]:
+        """The counters, with the tokens of all samples by who wrote them."""
+        counts = [sequence.counts for sequence in self._members]
+        return {
+            **self.counters,
+            "sampled_tokens": sum(each.thinking + each.answer for each in counts),
+            "forced_tokens": sum(each.forced for each in counts),
+            "hint_tokens": sum(each.hint for each in counts),
+            "probe_tokens": sum(each.probe for each in counts),
+        }
+
     def _decide(self) -> Iterable[Action]:
         """Stop the samples that can no longer matter."""
         running = [s for s in self._members if s.finish is None]
