@@ -1,6 +1,7 @@
 """Results side by side: what may be compared, and the table of it."""
 
 import html
+import math
 from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from ...runtime.errors import InputError
 from ..render import safe
 from ..row import Row, read_rows
 from .statistics import Pair, Summary, pair, summarise
+
+_FEW = 240
+"""Eight repeats of AIME's 30 problems: with fewer rows accuracies are mostly noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,12 @@ def load(
             notes.append(f"{run.name}: {run.summary.n_failed} rows could not be run and are left out")
         if run.pair is not None and run.pair.n_problems < max(run.summary.n_problems, runs[0].summary.n_problems):
             notes.append(f"{run.name}: compared with {first_name} on the {run.pair.n_problems} problems that both ran")
+    n = min(run.summary.n_rows for run in runs)
+    if n < _FEW:
+        notes.append(
+            f"with {n} rows the standard error of an accuracy near 50 % is {50 / math.sqrt(n):.0f} points; "
+            f"take more problems, or repeats by -k"
+        )
     return runs, notes
 
 

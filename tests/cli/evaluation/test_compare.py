@@ -203,6 +203,17 @@ def test_a_header_that_is_none_of_ours_is_refused(home: Path, capsys: pytest.Cap
     assert "r.jsonl line 1 is not a result of ours" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("n", "is_told"), [(30, True), (239, True), (240, False)])
+def test_few_rows_are_told_with_what_they_cannot_tell(
+    home: Path, capsys: pytest.CaptureFixture[str], n: int, is_told: bool
+):
+    write(home / "r.jsonl", [row(f"p{i}") for i in range(n)])
+    assert compare("r.jsonl") == ExitCode.OK
+    out = capsys.readouterr().out
+    assert ("the standard error of an accuracy" in out) == is_told
+    assert n != 30 or "with 30 rows the standard error of an accuracy near 50 % is 9 points" in out
+
+
 def test_rows_of_before_lack_what_came_later(home: Path, capsys: pytest.CaptureFixture[str]):
     later = ("problem", "gold", "repeat", "is_unclosed", "wall_seconds", "peak_bytes", "trace")
     old = {name: value for name, value in json.loads(to_line(row())).items() if name not in later}
