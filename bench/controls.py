@@ -39,7 +39,7 @@ def condense(rows: Sequence[Row], baseline: Sequence[Row], before: Sequence[Row]
         "accuracy_interval": [round(found.accuracy.low, 4), round(found.accuracy.high, 4)],
         "difference": round(to_first.accuracy.mean, 4),
         "difference_interval": [round(to_first.accuracy.low, 4), round(to_first.accuracy.high, 4)],
-        "p": round(to_first.p, 4),
+        "p": float(f"{to_first.p:.3g}"),
         "no_answer": round(found.no_answer, 4),
         "cut": round(statistics.mean(bool(budget.get("cuts")) for budget in budgets), 4),
         "cut_or_stopped": round(statistics.mean(map(is_cut, rows)), 4),
