@@ -44,6 +44,9 @@ _COSTLY = re.compile(
 )
 """Factorials, sums and towers of powers: short texts whose value could take for ever."""
 _MOST_POWER = 1000
+_EXPANDED = re.compile(r"[A-Za-z][^()\[\]]*[)\]]\s*\^[\s{(]*[-+]?(\d{1,9})")
+_MOST_EXPANDED = 12
+"""The power of a bracket with a letter: `(a+b+c+d+e)^{20}` has 10626 terms."""
 _MOST_FUNCTIONS = 4
 _FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc)")
 """In products or inside each other, simplifying these takes minutes."""
@@ -152,6 +155,7 @@ def _is_costly(text: str) -> bool:
         len(text) > _LONGEST
         or bool(_COSTLY.search(text))
         or prod(max(power, 1) for power in powers) > _MOST_POWER
+        or any(int(power) > _MOST_EXPANDED for power in _EXPANDED.findall(text))
         or len(_FUNCTION.findall(text)) > _MOST_FUNCTIONS
         or _depth(text) > _DEEPEST
     )

@@ -72,6 +72,8 @@ def test_extract(text, answer):
         ("52_8", "52_{8}"),
         ("52_8", "52"),
         ("1A_{16}", "1A_{16}"),
+        ("(-1)^{100}", "1"),
+        ("(x+1)^2", "x^2+2x+1"),
     ],
 )
 def test_equal(one, other):
@@ -127,6 +129,9 @@ def test_text_is_never_run_and_large_powers_are_not_computed():
         "\\sin(\\cos(" * 10 + "1" + "))" * 10,
         "\\tan(" * 5 + "1" + ")" * 5,
         "".join(f"\\sin({i}x)" for i in range(20)),
+        "(a+b+c+d+e)^{20}",
+        "(1+i)^{999}",
+        "[x+y+z]^{60}",
     ],
 )
 def test_an_answer_that_would_take_for_ever_to_compute_is_compared_as_text(text):
