@@ -118,38 +118,36 @@ def _prefill(engine: Engine, tokenizer: Any, sizes: Sizes) -> list[dict[str, Any
 
 
 def _decode(engine: Engine, tokenizer: Tokenizer, sizes: Sizes, prompt: list[int]) -> list[dict[str, Any]]:
-    found = take_turns(
+    return _to_first(
+        "sequences",
         {
-            str(n): lambda n=n: run_batch(engine, tokenizer, prompt, n, sizes.n_tokens).tokens_per_second
+            n: lambda n=n: run_batch(engine, tokenizer, prompt, n, sizes.n_tokens).tokens_per_second
             for n in sizes.batches
         },
         sizes.n_runs,
     )
-    first = found[str(sizes.batches[0])]
-    return [
-        {
-            "sequences": int(name),
-            "tokens_per_second": statistics.median(speeds),
-            "ratio": statistics.median(a / b for a, b in zip(speeds, first, strict=True)),
-        }
-        for name, speeds in found.items()
-    ]
 
 
 def _behind_context(engine: Engine, tokenizer: Tokenizer, sizes: Sizes) -> list[dict[str, Any]]:
     """What a longer context leaves of the speed of one sequence."""
     prompts = {n: prompt_of(tokenizer, n) for n in sizes.lengths}
-    found = take_turns(
+    return _to_first(
+        "context_tokens",
         {
-            str(n): lambda ids=ids: run_batch(engine, tokenizer, ids, 1, sizes.n_tokens).tokens_per_second
+            n: lambda ids=ids: run_batch(engine, tokenizer, ids, 1, sizes.n_tokens).tokens_per_second
             for n, ids in prompts.items()
         },
         sizes.n_runs,
     )
-    first = found[str(sizes.lengths[0])]
+
+
+def _to_first(what: str, cases: Mapping[int, Callable[[], float]], n_runs: int) -> list[dict[str, Any]]:
+    """The median speed of each case, and its ratio to the first one's."""
+    found = take_turns({str(n): case for n, case in cases.items()}, n_runs)
+    first = next(iter(found.values()))
     return [
         {
-            "context_tokens": int(name),
+            what: int(name),
             "tokens_per_second": statistics.median(speeds),
             "ratio": statistics.median(a / b for a, b in zip(speeds, first, strict=True)),
         }
