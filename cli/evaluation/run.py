@@ -233,8 +233,8 @@ class _Run:
         self._n_solved += 1
         trace = recorder.take(result.id) if recorder is not None else None
         row = make_row(result, replace(problem, answer=None), self._model, one.recipe.describe(), trace)
-        row = replace(row, repeat=repeat, wall_seconds=round(wall_seconds, 4), gold=problem.answer)
-        row = replace(row, peak_bytes=peak_bytes())
+        ran = {"wall_seconds": round(wall_seconds, 4), "peak_bytes": peak_bytes()}
+        row = replace(row, repeat=repeat, gold=problem.answer, **ran)
         if row.error is not None:
             return row
         assert problem.answer is not None
