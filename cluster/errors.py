@@ -6,6 +6,7 @@ LocalReasonError
     ├── ProtocolError       the other side sent what the protocol does not allow
     ├── PlanImpossible      no split of the model fits the machines
     ├── NodeLost            a machine of the ring does not answer any more
+    │   └── NextLost        and the machine before it is who found out
     └── NodeBusy            a machine serves another ring
 """
 
@@ -30,6 +31,10 @@ class PlanImpossible(ClusterError):
 
 class NodeLost(ClusterError):
     """A machine of the ring does not answer any more."""
+
+
+class NextLost(NodeLost):
+    """The next machine of the ring takes nothing from this one any more."""
 
 
 class NodeBusy(ClusterError):

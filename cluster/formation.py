@@ -3,7 +3,6 @@
 import asyncio
 import queue
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,7 +12,7 @@ from ..quant.gguf import ModelFile
 from .codec import PROTOCOL
 from .errors import NodeLost, PlanImpossible
 from .link import Link
-from .member import Address, Dialer, Load, Member, reason
+from .member import Address, Dialer, Load, Member, OnLoss, reason
 from .store import Store, make_recipe
 from .window import LayerWindow, WindowOptions
 from .wire import ring_pb2 as wire
@@ -99,6 +98,8 @@ class Formation:
         self._outgoing: asyncio.Queue[wire.Step] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._is_lost = False
+        self._following: dict[str, str] = {}
+        """The node that each node passes on to, where that is not the head."""
 
     @property
     def n_hops(self) -> int:
@@ -136,6 +137,7 @@ class Formation:
         digests = await asyncio.to_thread(store.digests, self.file)
         order = [w.member for w in self.placement.windows if w.member != HEAD]
         order = list(dict.fromkeys(order))
+        self._following = dict(pairwise(order))
         session = secrets.token_bytes(16)
         self.members = {member: Member(addresses[member], dialer) for member in order}
         opening = wire.Open(
@@ -173,11 +175,13 @@ class Formation:
             asyncio.create_task(self._read(self.members[order[-1]], session)),
         ]
 
-    def _losing(self, member: str) -> Callable[[str], None]:
-        def lose(reason: str) -> None:
+    def _losing(self, member: str) -> OnLoss:
+        def lose(reason: str, is_next: bool = False) -> None:
             if not self._is_lost:
                 self._is_lost = True
-                self.inbox.put(Lost(member, reason))
+                # A node that is killed is often missed first by the one before it, which is to stay in the ring.
+                following = self._following.get(member) if is_next else None
+                self.inbox.put(Lost(following, f"{member} {reason}") if following else Lost(member, reason))
 
         return lose
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,6 +55,12 @@ class Load:
     window: Window
     recipe: Recipe
     n_gpu_layers: int
+
+
+class OnLoss(Protocol):
+    """Called when a node is lost, or `is_next` where that is what it says of the node behind it."""
+
+    def __call__(self, reason: str, is_next: bool = False) -> None: ...
 
 
 class Member:
@@ -117,10 +122,10 @@ class Member:
         except grpc.aio.AioRpcError as error:
             raise NodeLost(f"{self.name} {reason(error)}") from error
 
-    async def hold(self, opening: wire.Open, loads: list[Load], file: ModelFile, on_loss: Callable[[str], None]) -> int:
+    async def hold(self, opening: wire.Open, loads: list[Load], file: ModelFile, on_loss: OnLoss) -> int:
         """Hold the node and have it load its windows; the bytes of weights that were sent.
 
-        Raises NodeBusy, NodeLost, ClusterError. `on_loss` is called once with a reason if the node is lost later.
+        Raises NodeBusy, NodeLost, ClusterError. `on_loss` is called once if the node is lost later.
         """
         call = self._call = self._stub().Hold()
         self._heard = time.monotonic()
@@ -210,9 +215,7 @@ class Member:
             if not self._outgoing.full():
                 self._outgoing.put_nowait(wire.ToNode(beat=wire.Beat()))
 
-    async def _listen(
-        self, call: "grpc.aio.StreamStreamCall[wire.ToNode, wire.FromNode]", on_loss: Callable[[str], None]
-    ) -> None:
+    async def _listen(self, call: "grpc.aio.StreamStreamCall[wire.ToNode, wire.FromNode]", on_loss: OnLoss) -> None:
         try:
             async for message in call:
                 self._heard = time.monotonic()
@@ -222,23 +225,23 @@ class Member:
                     continue
                 self._incoming.put_nowait(message)
                 if kind == "failure":
-                    self._lose(f"failed: {message.failure.text[:1000]}", on_loss, is_told=True)
+                    self._lose(f"failed: {message.failure.text[:1000]}", on_loss, message.failure)
                     return
             self._lose("ended the session", on_loss)
         except grpc.aio.AioRpcError as error:
             self._lose(reason(error), on_loss)
 
-    async def _watch(self, on_loss: Callable[[str], None]) -> None:
+    async def _watch(self, on_loss: OnLoss) -> None:
         while (silent := time.monotonic() - self._heard) < SILENCE_SECONDS:
             await asyncio.sleep(SILENCE_SECONDS - silent)
         self._lose(f"sent no sign of life for {SILENCE_SECONDS} s", on_loss)
 
-    def _lose(self, why: str, on_loss: Callable[[str], None], is_told: bool = False) -> None:
+    def _lose(self, why: str, on_loss: OnLoss, told: wire.Failure | None = None) -> None:
         if not self.lost:
             self.lost = why
-            if not is_told:
+            if told is None:
                 self._incoming.put_nowait(wire.FromNode(failure=wire.Failure(text=why)))
-            on_loss(why)
+            on_loss(why, told is not None and told.is_next)
 
     async def release(self) -> None:
         """End the session, if there is one, and leave the node idle."""

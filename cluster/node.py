@@ -18,7 +18,7 @@ import grpc
 
 from ..runtime.errors import LocalReasonError
 from .codec import LONGEST_MESSAGE, PROTOCOL
-from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
+from .errors import ClusterError, NextLost, NodeBusy, ProtocolError
 from .inlet import Inlet, read_options, read_recipe
 from .link import measured
 from .session import Session, Terms
@@ -164,7 +164,8 @@ class Node(service.RingServicer):
         except LocalReasonError as error:
             self._show(f"{self._options.name}: {error}")
             log.warning("%s", error)
-            failure = wire.Failure(text=str(error), is_busy=isinstance(error, NodeBusy))
+            is_busy, is_next = isinstance(error, NodeBusy), isinstance(error, NextLost)
+            failure = wire.Failure(text=str(error), is_busy=is_busy, is_next=is_next)
             await outgoing.put(wire.FromNode(failure=failure))
         finally:
             if is_mine:
@@ -275,7 +276,7 @@ async def _pump(session: Session, channel: grpc.aio.Channel) -> None:
             async with asyncio.timeout(_STEP_SECONDS):  # wait_for would make a task for each step
                 await call.write(step)
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
-        raise NodeLost(f"the next node of the ring takes nothing any more: {type(error).__name__}") from error
+        raise NextLost(f"the next node of the ring takes nothing any more: {type(error).__name__}") from error
     finally:
         call.cancel()
 

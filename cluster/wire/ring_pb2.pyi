@@ -185,12 +185,14 @@ class Beat(_message.Message):
     def __init__(self, busy_seconds: _Optional[float] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("text", "is_busy")
+    __slots__ = ("text", "is_busy", "is_next")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IS_BUSY_FIELD_NUMBER: _ClassVar[int]
+    IS_NEXT_FIELD_NUMBER: _ClassVar[int]
     text: str
     is_busy: bool
-    def __init__(self, text: _Optional[str] = ..., is_busy: _Optional[bool] = ...) -> None: ...
+    is_next: bool
+    def __init__(self, text: _Optional[str] = ..., is_busy: _Optional[bool] = ..., is_next: _Optional[bool] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("number", "hop", "operations", "spans", "rows")

@@ -101,6 +101,45 @@ class NodeProcess:
             self._listener.join(10)
 
 
+class Relay:
+    """A port that passes on to another one, connection by connection, until they are cut; a context manager."""
+
+    def __init__(self, port):
+        self._target = port
+        self._pairs = []
+
+    def __enter__(self):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                pair = self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._target))
+                self._pairs.append(pair)
+                for one, other in (pair, pair[::-1]):
+                    threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+
+    def _pass_on(self, one, other):
+        with contextlib.suppress(OSError):
+            while data := one.recv(1 << 16):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+
+    def cut(self, first=0):
+        """End the connections from this one on, in the order in which they were made."""
+        for pair in self._pairs[first:]:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def __exit__(self, *_):
+        self.cut()
+        self._listener.close()
+
+
 class Head:
     """An identity with what a `RingEngine` needs."""
 

@@ -7,6 +7,7 @@ import secrets
 import socket
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import grpc
@@ -32,7 +33,7 @@ from localreason.runtime.formats import FORMATS
 from localreason.runtime.llama import EngineOptions, load
 from localreason.runtime.phase import PhaseTracker
 from localreason.runtime.sequence import Sequence
-from tests.cluster.processes import Head, NodeProcess
+from tests.cluster.processes import Head, NodeProcess, Relay
 from tests.cluster.test_window import PROMPT, script
 from tests.gguf_models import write_model
 
@@ -77,7 +78,7 @@ def evenly(names):
 def ring_of(model, head, nodes, folder, place=evenly, tell=lambda text: None, links=None, **options):
     chosen = {"n_context": 512, "n_sequences": 4, "n_batch": 64, **options}
     store = Store(folder / "head-cache", 1 << 30, [model])
-    addresses = [node.address for node in nodes]
+    addresses = [getattr(node, "address", node) for node in nodes]
     return RingEngine(ModelFile(model), addresses, head.gate, store, place, RingOptions(**chosen), tell, links)
 
 
@@ -203,6 +204,21 @@ def test_a_lost_node_costs_no_token(model, head, spare, folder, harm):
     assert noticed < 3 + 2, f"noticed after {noticed:.1f} s; 3 are promised, and 2 are for a busy machine"
     pause = max(later - sooner for sooner, later in pairwise(times))
     assert pause < 10, f"{pause:.1f} s passed without a token"
+
+
+def test_a_node_that_cannot_reach_the_next_one_is_not_the_one_that_is_lost(model, head, spare, folder, expected):
+    old, older = spare
+    said = []
+    with Relay(older.port) as relay:
+        addresses = [old.address, replace(older.address, port=relay.port)]
+        with ring_of(model, head, addresses, folder, tell=said.append) as ring:
+            assert np.array_equal(script(ring), expected)
+            relay.cut(first=1)  # the head's own connection was made first
+            for sequence_id in range(4):
+                ring.rewind(sequence_id, 0)
+            assert np.array_equal(script(ring), expected)
+            assert [name for name, _ in ring.timing.recoveries] == ["older"]
+    assert any(text.startswith("older is lost: old failed: the next node") for text in said), said
 
 
 def test_a_long_answer_is_evaluated_again_in_more_steps_than_a_node_lets_wait(model, head, spare, folder):
