@@ -17,9 +17,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..quant.gguf import ModelFile, Window, padded
+from ..quant.gguf import ModelFile, Part, Window, locate, padded
 from ..runtime.errors import ModelError
 from ..runtime.header import check_header, read_header
+from ..runtime.parts import part_names
 from .errors import ClusterError, ProtocolError
 
 _BLOCK = 1 << 20
@@ -32,7 +33,7 @@ _WINDOW = re.compile(r"[0-9a-f]{64}\.gguf(\.part)?")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor's bytes within a window: digest, size, and where they lie in the model file that was cut."""
+    """A tensor's bytes within a window: digest, size, and where they lie in the model that was cut."""
 
     sha256: bytes
     n_bytes: int
@@ -100,19 +101,16 @@ class Store:
 
     def digests(self, file: ModelFile) -> dict[int, bytes]:
         """The SHA-256 of each tensor by offset; read once from the file, then kept beside the windows."""
-        stat = file.path.stat()
-        key = hashlib.sha256(f"{file.path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+        stats = [(path.resolve(), path.stat()) for path, _ in file.files]
+        told = " ".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+        key = hashlib.sha256(told.encode()).hexdigest()
         kept = self.folder / f"{key}.digests.json"
         try:
             return {int(offset): bytes.fromhex(digest) for offset, digest in json.loads(kept.read_text()).items()}
         except (OSError, ValueError, AttributeError):
             pass
-        found = {}
-        for tensor in file.tensors.values():
-            sha = hashlib.sha256()
-            for block in _blocks(file.path, tensor.offset, tensor.n_bytes):
-                sha.update(block)
-            found[tensor.offset] = sha.digest()
+        parts = [Part(tensor.n_bytes, tensor.offset) for tensor in file.tensors.values()]
+        found = {part.source_offset: file.digest(part) for part in parts}
         self._make_folder()
         _replace(kept, json.dumps({offset: digest.hex() for offset, digest in found.items()}))
         return found
@@ -130,13 +128,20 @@ class Store:
 
     def find(self, recipe: Recipe, piece: Piece) -> tuple[Path, int] | None:
         """Where else on this machine a part's bytes lie: a file and an offset; their digest is to be checked."""
-        for model in self._models:
-            path = model / recipe.source_name if model.is_dir() else model
-            # A part of its own has no place in the model file.
-            is_same = piece.source_offset and recipe.source_name == path.name and path.is_file()
-            if is_same and path.stat().st_size == recipe.source_bytes:
-                return path, piece.source_offset
-        return self._index().get(piece.sha256.hex())
+        # A part of its own has no place in the model.
+        files = self._model(recipe) if 0 < piece.source_offset < recipe.source_bytes else []
+        return locate(files, piece.source_offset) if files else self._index().get(piece.sha256.hex())
+
+    def _model(self, recipe: Recipe) -> list[tuple[Path, int]]:
+        """The files here of the model that a window was cut from, with their sizes; none where it is not here."""
+        for names in ([recipe.source_name], part_names(recipe.source_name)):
+            for model in self._models:
+                paths = [(model if model.is_dir() else model.parent) / name for name in names]
+                if (model.is_dir() or model in paths) and all(path.is_file() for path in paths):
+                    files = [(path, path.stat().st_size) for path in paths]
+                    if sum(size for _, size in files) == recipe.source_bytes:
+                        return files
+        return []
 
     def _index(self) -> dict[str, tuple[Path, int]]:
         found = {}

@@ -12,7 +12,7 @@ of it with the whole, bit for bit.
 import hashlib
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from ..runtime.errors import ModelBroken, ModelUnsupported
-from ..runtime.header import Header, check_header, check_tensors, read_table
+from ..runtime.header import Header, TensorEntry, check_header
 from ..runtime.native import dequantize
+from ..runtime.parts import Piece, join, read_local
 
 ALIGNMENT = 32
 _N_STUB = 32
@@ -58,7 +59,8 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a file; `shape` columns first, `offset` from the beginning of the file."""
+    """One tensor of a model; `shape` columns first, `offset` from the beginning of the file, or of the first of several
+    that are laid one behind the other."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,7 +75,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The data of one tensor of a window: a range of the source file, or bytes made here (`data`)."""
+    """The data of one tensor of a window: a range of the source model, or bytes made here (`data`)."""
 
     n_bytes: int
     source_offset: int | None = None
@@ -100,39 +102,51 @@ def padded(n: int) -> int:
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
+def locate(files: Iterable[tuple[Path, int]], offset: int) -> tuple[Path, int]:
+    """The one of files of these sizes, laid one behind the other, that a byte is in, and where. Raises ValueError."""
+    for path, n_bytes in files:
+        if offset < n_bytes:
+            return path, offset
+        offset -= n_bytes
+    raise ValueError(f"byte {offset} lies behind the end")
+
+
 class ModelFile:
-    """A GGUF file's metadata and tensor table; the weights stay on disk."""
+    """A GGUF model's metadata and tensor table, of one file or of several parts; the weights stay on disk."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ModelNotFound, ModelBroken, ModelUnsupported."""
-        self.path = path
-        self.header: Header = read_table(path)
+        """`path` is the file or any of the parts. Raises ModelNotFound, ModelBroken, ModelUnsupported."""
+        pieces = read_local(path)
+        self.files = [(Path(piece.name), piece.n_bytes) for piece in pieces]
+        self.path = self.files[0][0]
+        self.header: Header = join(pieces)
         check_header(self.header.values, path)
-        check_tensors(self.header, path)
-        if self.header.values.get("split.count", 1) not in (0, 1):
-            raise ModelUnsupported(f"{path} is one of several parts; join them with `llama-gguf-split --merge`")
-        self.tensors = {tensor.name: tensor for tensor in map(self._tensor, self.header.tensors)}
+        self.tensors: dict[str, Tensor] = {}
+        start = 0
+        for piece in pieces:
+            self.tensors |= {entry.name: self._tensor(entry, piece, start) for entry in piece.header.tensors}
+            start += piece.n_bytes
         self.architecture: str = str(self.header.values.get("general.architecture", ""))
 
-    def _tensor(self, entry: Any) -> Tensor:
+    def _tensor(self, entry: TensorEntry, piece: Piece, start: int) -> Tensor:
         try:
             n_values, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(entry.kind)]
         except (ValueError, KeyError) as error:
             raise ModelUnsupported(
-                f"{self.path}: the tensor {entry.name!r} is of type {entry.kind}, which this version does not know; "
+                f"{piece.name}: the tensor {entry.name!r} is of type {entry.kind}, which this version does not know; "
                 f"update localreason"
             ) from error
         size = math.prod(entry.shape)
-        offset = self.header.data_offset + entry.offset
+        offset = piece.header.data_offset + entry.offset
         if entry.shape[0] % n_values or not 0 < size < 1 << 48:
-            raise ModelBroken(f"{self.path}: the tensor {entry.name!r} has the shape {entry.shape}; get it again")
+            raise ModelBroken(f"{piece.name}: the tensor {entry.name!r} has the shape {entry.shape}; get it again")
         total = size // n_values * n_bytes
-        if offset + total > self.header.n_bytes:
+        if offset + total > piece.n_bytes:
             raise ModelBroken(
-                f"{self.path} is truncated: the tensor {entry.name!r} ends at {offset + total} and the file at "
-                f"{self.header.n_bytes}; get it again"
+                f"{piece.name} is truncated: the tensor {entry.name!r} ends at {offset + total} and the file at "
+                f"{piece.n_bytes}; get it again"
             )
-        return Tensor(entry.name, entry.shape, entry.kind, offset, total)
+        return Tensor(entry.name, entry.shape, entry.kind, start + offset, total)
 
     def _number(self, name: str, default: int | None = None) -> int:
         value = self.header.values.get(f"{self.architecture}.{name}", default)
@@ -302,7 +316,8 @@ class ModelFile:
     def _rows(self) -> NDArray[Any]:
         """The input table's bytes, mapped."""
         table = self.embedding
-        return np.memmap(self.path, np.uint8, "r", table.offset, (table.shape[1], table.n_bytes // table.shape[1]))
+        path, offset = locate(self.files, table.offset)
+        return np.memmap(path, np.uint8, "r", offset, (table.shape[1], table.n_bytes // table.shape[1]))
 
     def digest(self, part: Part) -> bytes:
         """The SHA-256 of a part's bytes, read from the file."""
@@ -315,13 +330,14 @@ class ModelFile:
         """The bytes of a part of the source from `start` on, in blocks. Raises ModelBroken where the file shrank."""
         if part.source_offset is None:
             return
-        with self.path.open("rb") as file:
-            file.seek(part.source_offset + start)
+        path, offset = locate(self.files, part.source_offset)
+        with path.open("rb") as file:
+            file.seek(offset + start)
             left = part.n_bytes - start
             while left:
                 block = file.read(min(left, _READ_BYTES))
                 if not block:
-                    raise ModelBroken(f"{self.path} became shorter while it was read; get it again")
+                    raise ModelBroken(f"{path} became shorter while it was read; get it again")
                 left -= len(block)
                 yield block
 

@@ -51,6 +51,8 @@ def check_source(file: ModelFile, request: Request) -> None:
 
     Raises ModelUnsupported, InputError.
     """
+    if len(file.files) > 1:
+        raise ModelUnsupported(f"{file.path} is one of several parts; join them with `llama-gguf-split --merge`")
     alignment = file.header.values.get("general.alignment", ALIGNMENT)
     if alignment != ALIGNMENT:
         raise ModelUnsupported(f"{file.path} is aligned to {alignment} bytes; llama.cpp quantises files aligned to 32")

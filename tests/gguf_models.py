@@ -30,10 +30,12 @@ def write_model(
     values: dict[str, Any] | None = None,
     without: tuple[str, ...] = (),
     extra: dict[str, tuple[int, ...]] | None = None,
+    n_part_tensors: int = 0,
 ) -> Path:
     """Write a model of "llama", "qwen2", "qwen3", "qwen3moe", "gemma3" or "mamba". `values` replaces or adds metadata
-    (None takes a key out), by full key; `without` names tensors to leave out, `extra` shapes of those to add."""
-    writer = gguf.GGUFWriter(path, architecture)
+    (None takes a key out), by full key; `without` names tensors to leave out, `extra` shapes of those to add;
+    with `n_part_tensors` it is written in parts, and the path is that of the first."""
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=n_part_tensors)
     _add_vocabulary(writer)
     _add_shape(writer, architecture, n_layers)
     kept = writer.kv_data[0]
@@ -53,7 +55,7 @@ def write_model(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return next(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if n_part_tensors else path
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter) -> None:

@@ -155,6 +155,19 @@ def test_a_node_with_the_same_file_reads_its_own(model, head, folder, tmp_path):
         assert stub == 2 * 32 * 64 + 4 * 64, "only what stands in for the vocabulary is not in the file"
 
 
+def test_a_model_in_several_files_is_a_ring_too(head, folder, tmp_path):
+    parts = write_model(tmp_path / "split.gguf", "qwen2", 3, N_LAYERS, n_part_tensors=20)
+    with whole(parts) as engine:
+        logits = script(engine)
+    with NodeProcess(tmp_path, "poor", head) as poor, ring_of(parts, head, [poor], folder) as ring:
+        assert np.array_equal(script(ring), logits)
+    with NodeProcess(tmp_path, "rich", head, "--store", str(tmp_path)) as rich:
+        second = parts.with_name(parts.name.replace("00001", "00002"))
+        with ring_of(second, head, [rich], folder) as ring:
+            assert np.array_equal(script(ring), logits), "any of the parts stands for the model"
+            assert ring.n_sent_bytes == 2 * 32 * 64 + 4 * 64, "only what stands in for the vocabulary is not there"
+
+
 def sequences(n, n_tokens):
     for i in range(n):
         sequence = Sequence([*PROMPT, 65 + i], id=str(i), limit=n_tokens)

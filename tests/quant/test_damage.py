@@ -165,7 +165,13 @@ def test_every_command_refuses_one_part_of_a_model(
     part = write_model(tmp_path / "m-00001-of-00002.gguf", values={"split.count": 2, "split.no": 0})
     assert run(command, part, tiny_model) == ExitCode.MODEL
     told = capfd.readouterr().err
-    assert ("is one of several parts; join them" if command in ("convert", "imatrix") else "is missing") in told
+    assert "is missing" in told
+
+
+def test_a_model_in_parts_is_not_converted(tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    part = write_model(tmp_path / "m.gguf", n_part_tensors=8)
+    assert run("convert", part, tiny_model) == ExitCode.MODEL
+    assert "is one of several parts; join them" in capfd.readouterr().err
 
 
 def test_a_whole_file_may_be_named_like_a_part(tmp_path: Path):

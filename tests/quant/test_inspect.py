@@ -77,16 +77,7 @@ def write_large(
 
 def write_split(folder: Path, n_tensors: int = 8) -> list[Path]:
     """A tiny llama in several files, as gguf's own writer splits it."""
-    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama", split_max_tensors=n_tensors)
-    gguf_models._add_vocabulary(writer)
-    gguf_models._add_shape(writer, "llama", 2)
-    random = np.random.default_rng(0)
-    for name, shape in gguf_models._tensors("llama", 2, 256 + 4 + 5).items():
-        writer.add_tensor(name, gguf_models._weights(random, name, shape))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_model(folder / "tiny.gguf", n_part_tensors=n_tensors)
     return sorted(folder.glob("tiny-*.gguf"))
 
 
