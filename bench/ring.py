@@ -8,7 +8,6 @@ The last line is JSON.
 """
 
 import argparse
-import asyncio
 import contextlib
 import json
 import multiprocessing
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from record import describe_run
+from ring_tools import awake_cores, hold_back
 
 from localreason.cli.benchmark.loops import Endless, run_batch
 from localreason.cli.benchmark.measure import take_turns
@@ -160,6 +160,25 @@ class Bench:
             "ring_4_to_whole_4": found["ring, 4"] / found["whole, 4"],
         }
 
+    def awake(self, home):
+        """The same beside processes of the idle class, one a core, which get only the time that nobody else wants: a
+        core that sleeps between two steps wakes up late, and this tells how much of the ring's loss that is."""
+        found = {}
+        with contextlib.closing(self.whole()) as whole, home.ring(self.balanced(), n_threads=1) as ring:
+            cases = {"whole, 1": self.speed(whole, 1), "ring, 1": self.speed(ring, 1), "ring, 2": self.speed(ring, 2)}
+            for _ in range(self.options.repeats):
+                for state, beside in (("left alone", contextlib.nullcontext), ("awake", awake_cores)):
+                    with beside():
+                        for name, speed in cases.items():
+                            found.setdefault(f"{state}, {name}", []).append(speed())
+        speeds = medians(found)
+        ratios = {
+            f"{state}: {a}, to {b}": speeds[f"{state}, {a}"] / speeds[f"{state}, {b}"]
+            for state in ("left alone", "awake")
+            for a, b in (("ring, 1", "whole, 1"), ("ring, 2", "ring, 1"))
+        }
+        return {"tokens_per_second": speeds, "ratios": ratios}
+
     def limit(self, home):
         """What this machine allows: speed of two independent processes at once to that of one, with one thread each.
 
@@ -215,7 +234,7 @@ class Bench:
         """A proxy between the machines holds every byte back for 3 ms in each direction."""
         _, near = home.nodes["n0"]
         ready = multiprocessing.Queue()
-        proxy = multiprocessing.Process(target=_proxy, args=(near.port, 0.003, ready), daemon=True)
+        proxy = multiprocessing.Process(target=hold_back, args=(near.port, 0.003, ready), daemon=True)
         proxy.start()
         far = replace(near, port=ready.get(timeout=10))
         openings = {
@@ -310,40 +329,8 @@ def _independent(options, pipe):
             pipe.send(seconds)
 
 
-def _proxy(port, delay, ready):
-    async def pipe(reader, writer):
-        waiting = asyncio.Queue()
-
-        async def later():
-            while True:
-                due, data = await waiting.get()
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                if not data:
-                    writer.close()
-                    return
-                writer.write(data)
-
-        task = asyncio.create_task(later())
-        while data := await reader.read(1 << 16):
-            waiting.put_nowait((time.perf_counter() + delay, data))
-        waiting.put_nowait((0, b""))
-        await task
-
-    async def accept(reader, writer):
-        there = await asyncio.open_connection("127.0.0.1", port)
-        with contextlib.suppress(OSError):
-            await asyncio.gather(pipe(reader, there[1]), pipe(there[0], writer))
-
-    async def main():
-        server = await asyncio.start_server(accept, "127.0.0.1", 0)
-        ready.put(server.sockets[0].getsockname()[1])
-        await server.serve_forever()
-
-    asyncio.run(main())
-
-
 def main():
-    names = ("recovery", "limit", "decode", "prefill", "rounds", "nodes", "delay", "rows")
+    names = ("recovery", "limit", "decode", "awake", "prefill", "rounds", "nodes", "delay", "rows")
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--split", required=True, help="layers of the node and of the head, e.g. 16,12")

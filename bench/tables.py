@@ -58,6 +58,8 @@ def ring_rows(record):
         yield f"| prompt of 512 tokens, ring to whole | {record['prefill']['ring_to_whole_speed']:.3f} |"
     for name, gain in record.get("limit", {}).items():
         yield f"| {name}: two independent processes at once to one, the most that a ring could gain | {gain:.3f} |"
+    for name, ratio in record.get("awake", {}).get("ratios", {}).items():
+        yield f"| cores {name} | {ratio:.3f} |"
     for part in [part for part in ("rounds", "nodes", "delay") if part in record]:
         speeds = record[part]["tokens_per_second"]
         first = next(iter(speeds))

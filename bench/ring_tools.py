@@ -1,0 +1,62 @@
+"""What runs beside the ring while it is measured."""
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import time
+
+
+@contextlib.contextmanager
+def awake_cores():
+    """A process of Linux's idle class on every core."""
+    spin = "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)); print(flush=True)\nwhile True: pass"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}}); {spin}"], stdout=subprocess.PIPE
+        )
+        for core in os.sched_getaffinity(0)
+    ]
+    try:
+        for process in processes:
+            process.stdout.readline()
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def hold_back(port, delay, ready):
+    """A proxy of a port that holds every byte back for some seconds in each direction; its own port goes to `ready`."""
+
+    async def pipe(reader, writer):
+        waiting = asyncio.Queue()
+
+        async def later():
+            while True:
+                due, data = await waiting.get()
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                if not data:
+                    writer.close()
+                    return
+                writer.write(data)
+
+        task = asyncio.create_task(later())
+        while data := await reader.read(1 << 16):
+            waiting.put_nowait((time.perf_counter() + delay, data))
+        waiting.put_nowait((0, b""))
+        await task
+
+    async def accept(reader, writer):
+        there = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(OSError):
+            await asyncio.gather(pipe(reader, there[1]), pipe(there[0], writer))
+
+    async def main():
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        ready.put(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(main())
