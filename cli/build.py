@@ -25,6 +25,10 @@ _FEW_BITS = 4
 """Of weights, from which down thresholds of certainty, tuned at 16, should be looked at again."""
 _N_TEMPLATE = 1024
 """Tokens that a prompt may have besides the question."""
+_LED = (
+    "the model has no thinking of its own and is led to it by a prompt; --no-think asks plainly, which answered more "
+    "questions right where it was measured"
+)
 
 
 class Solver(Protocol):
@@ -125,17 +129,23 @@ def find_model(config: Config, hub: Callable[[], Hub]) -> Path:
 
 
 def warn(path: Path, config: Config) -> None:
-    """One line where the weights or the cache are known to hurt reasoning; nothing for the demo, which says so itself,
-    nor for a file that cannot be read, which loading tells."""
+    """One line where the weights, the cache or thinking unasked are known to hurt answers; nothing for the demo, which
+    says so itself, nor for a file that cannot be read, which loading tells."""
     from ..quant.inspect import inspect
     from ..runtime.errors import ModelError
+    from ..runtime.formats import detect
     from ..runtime.parts import read_local
 
     if config.settings.model is None:
         return
     with contextlib.suppress(ModelError):
-        report = inspect(read_local(path))
+        pieces = read_local(path)
+        report = inspect(pieces)
         found = report.advice(config.settings.cache_type or "f16")
+        told = {key: value for key, value in pieces[0].header.values.items() if isinstance(value, str)}
+        is_led = detect(told.get("tokenizer.chat_template"), told).is_prompted
+        if is_led and config.settings.format is None and config.origins["think"] == "default":
+            found.append(_LED)
         has_certainty = make_recipe(config, is_insisting=True).get("suppress") is not None
         if has_certainty and report.precision.weight_bits <= _FEW_BITS:
             found.append(f"the certainty that suppress goes by was tuned at 16 bits, not for {report.precision.scheme}")
