@@ -1,6 +1,7 @@
 """`localreason bench`: prefill, decode, load time, memory, and what the controls cost."""
 
 import contextlib
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -75,26 +76,41 @@ def bench(
 
 
 def _measure(settings: config.Config, wiring: build.Wiring, sizes: "Sizes") -> dict[str, Any]:
+    from ..runtime.errors import OutOfMemory
     from ..runtime.llama import load, physical_cores
     from .benchmark.machine import describe_run
-    from .benchmark.measure import measure, measure_ring
+    from .benchmark.measure import measure, measure_ring, measure_ring_alone
     from .benchmark.report import SCHEMA
 
     path = build.find_model(settings, wiring.hub)
     options = _options(settings, sizes)
+    cache_type = options.cache_type or "f16"
     start = time.perf_counter()
-    engine, tokenizer = load(path, options)
-    seconds = time.perf_counter() - start
-    with engine:
-        found = measure(engine, tokenizer, sizes, seconds)
-        if settings.settings.cluster:
-            opened: Any = wiring.open_model(path, options, settings)
-            with contextlib.closing(opened):
-                found |= measure_ring(opened.engine, engine, tokenizer, sizes)
+    try:
+        engine, tokenizer = load(path, options)
+    except OutOfMemory as error:
+        if not settings.settings.cluster:
+            raise
+        print(f"localreason: {error}; the ring is measured alone", file=sys.stderr)
+        start = time.perf_counter()
+        with contextlib.closing(_open(path, options, settings, wiring)) as opened:
+            found = measure_ring_alone(opened.engine, opened.tokenizer, sizes, time.perf_counter() - start)
+    else:
+        with engine:
+            cache_type = engine.memory.cache_type
+            found = measure(engine, tokenizer, sizes, time.perf_counter() - start)
+            if settings.settings.cluster:
+                with contextlib.closing(_open(path, options, settings, wiring)) as opened:
+                    found |= measure_ring(opened.engine, engine, tokenizer, sizes)
     about = describe_run(path, checksum.sha256(path))
     threads = settings.settings.threads or physical_cores()
-    about |= {"threads": threads, "gpu_layers": _gpu_layers(settings), "cache_type": engine.memory.cache_type}
+    about |= {"threads": threads, "gpu_layers": _gpu_layers(settings), "cache_type": cache_type}
     return {"schema": SCHEMA, **about, **_rounded(found)}
+
+
+def _open(path: Path, options: "EngineOptions", settings: config.Config, wiring: build.Wiring) -> Any:
+    """The model on the home's machines."""
+    return wiring.open_model(path, options, settings)
 
 
 def _options(settings: config.Config, sizes: "Sizes") -> "EngineOptions":

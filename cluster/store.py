@@ -109,8 +109,8 @@ class Store:
             return {int(offset): bytes.fromhex(digest) for offset, digest in json.loads(kept.read_text()).items()}
         except (OSError, ValueError, AttributeError):
             pass
-        parts = [Part(tensor.n_bytes, tensor.offset) for tensor in file.tensors.values()]
-        found = {part.source_offset: file.digest(part) for part in parts}
+        tensors = file.tensors.values()
+        found = {tensor.offset: file.digest(Part(tensor.n_bytes, tensor.offset)) for tensor in tensors}
         self._make_folder()
         _replace(kept, json.dumps({offset: digest.hex() for offset, digest in found.items()}))
         return found

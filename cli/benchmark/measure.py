@@ -41,11 +41,7 @@ def measure(engine: Any, tokenizer: Any, sizes: Sizes, load_seconds: float) -> d
     _check(engine, sizes)
     prompt = prompt_of(tokenizer, min(32, sizes.lengths[0]))
     return {
-        "method": METHOD,
-        "n_tokens": sizes.n_tokens,
-        "n_runs": sizes.n_runs,
-        "n_prompt": len(prompt),
-        "load_seconds": load_seconds,
+        **_about(sizes, load_seconds),
         "prefill": _prefill(engine, tokenizer, sizes),
         "decode": _decode(engine, tokenizer, sizes, prompt),
         "context": _behind_context(engine, tokenizer, sizes),
@@ -56,17 +52,35 @@ def measure(engine: Any, tokenizer: Any, sizes: Sizes, load_seconds: float) -> d
     }
 
 
-def measure_ring(ring: Engine, whole: Engine, tokenizer: Any, sizes: Sizes) -> dict[str, list[dict[str, Any]]]:
-    """The ring against the whole model on this machine: with several sequences in flight, and prompts."""
+def _about(sizes: Sizes, load_seconds: float) -> dict[str, Any]:
+    return {
+        "method": METHOD,
+        "n_tokens": sizes.n_tokens,
+        "n_runs": sizes.n_runs,
+        "n_prompt": min(32, sizes.lengths[0]),
+        "load_seconds": load_seconds,
+    }
+
+
+def measure_ring_alone(ring: Engine, tokenizer: Any, sizes: Sizes, load_seconds: float) -> dict[str, Any]:
+    """Speeds of a model that no single machine here holds. Raises InputError as `measure` does."""
+    _check(ring, sizes)
+    return {**_about(sizes, load_seconds), **measure_ring(ring, None, tokenizer, sizes), "peak_bytes": peak_bytes()}
+
+
+def measure_ring(ring: Engine, whole: Engine | None, tokenizer: Any, sizes: Sizes) -> dict[str, list[dict[str, Any]]]:
+    """The ring, against the whole model where this machine holds it: with several sequences in flight, and prompts."""
     prompt = prompt_of(tokenizer, min(32, sizes.lengths[0]))
+    engines = {"ring": ring} if whole is None else {"ring": ring, "whole": whole}
 
     def compare(speed: Callable[[Engine], float]) -> dict[str, float]:
-        found = take_turns({"ring": lambda: speed(ring), "whole": lambda: speed(whole)}, sizes.n_runs)
-        return {
-            "tokens_per_second": statistics.median(found["ring"]),
-            "whole_tokens_per_second": statistics.median(found["whole"]),
-            "ratio": statistics.median(a / b for a, b in zip(found["ring"], found["whole"], strict=True)),
-        }
+        cases = {name: lambda engine=engine: speed(engine) for name, engine in engines.items()}
+        found = take_turns(cases, sizes.n_runs)
+        rows = {"tokens_per_second": statistics.median(found["ring"])}
+        if whole is not None:
+            rows["whole_tokens_per_second"] = statistics.median(found["whole"])
+            rows["ratio"] = statistics.median(a / b for a, b in zip(found["ring"], found["whole"], strict=True))
+        return rows
 
     def decode(n: int) -> Callable[[Engine], float]:
         return lambda engine: run_batch(engine, tokenizer, prompt, n, sizes.n_tokens).tokens_per_second

@@ -19,7 +19,7 @@ _CURVES = (
 def as_picture(record: dict[str, Any], kind: str) -> bytes:
     """The content of a "png" or "svg" file. Raises InputError where matplotlib is missing."""
     curves = [curve for curve in _CURVES if record.get(curve[0])]
-    n = len(curves) + 1
+    n = len(curves) + ("controls" in record)
     with figure("bench", (_PANEL_INCHES[0] * n, _PANEL_INCHES[1]), "leave the picture out of --out") as painted:
         panels = painted.subplots(1, n, squeeze=False)[0]
         for axes, (part, x, title, label) in zip(panels, curves, strict=False):
@@ -27,7 +27,8 @@ def as_picture(record: dict[str, Any], kind: str) -> bytes:
             axes.set_title(title, fontsize="medium")
             axes.set_xlabel(label)
             axes.set_ylabel("tokens a second")
-        _controls(panels[-1], record["controls"])
+        if "controls" in record:
+            _controls(panels[-1], record["controls"])
         painted.suptitle(f"{record['model']}, {record['threads']} threads")
         return encode(painted, kind)
 

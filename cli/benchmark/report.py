@@ -30,7 +30,8 @@ PARTS = ("prefill", "decode", "context", "controls", "ring", "ring_prefill")
 def numbers(record: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     """Every figure as (part, what, value)."""
     for name in ("load_seconds", "peak_bytes", "weights_bytes", "cache_bytes"):
-        yield "file", name, float(record[name])
+        if name in record:
+            yield "file", name, float(record[name])
     for part in PARTS:
         for row in record.get(part) or ():
             yield part, _what(row), float(row["tokens_per_second"])
@@ -69,14 +70,15 @@ def as_markdown(record: dict[str, Any], old: dict[str, Any] | None = None) -> st
     """The record as a page, with the ratios to an older one where it is given."""
     machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in record["machine"].items() if value)
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
+    words = {"peak_bytes": "{:.0f} MiB at most", "weights_bytes": "weights {:.0f}", "cache_bytes": "cache {:.0f}"}
+    memory = ", ".join(text.format(record[name] / 2**20) for name, text in words.items() if name in record)
     lines = [
         f"# {record['model']}",
         "",
         f"SHA-256 {record['sha256']}; {versions}, Python {record['python']}; {machine}, {record['threads']} threads.",
         f"{record['n_tokens']} tokens, {record['n_runs']} runs. {record['method']}",
         "",
-        f"Loaded in {record['load_seconds']:.2f} s; {record['peak_bytes'] / 2**20:.0f} MiB at most, "
-        f"weights {record['weights_bytes'] / 2**20:.0f}, cache {record['cache_bytes'] / 2**20:.0f}.",
+        f"Loaded in {record['load_seconds']:.2f} s; {memory}.",
     ]
     for part, title, ratio in (
         ("prefill", "Prefill", ""),
@@ -87,6 +89,7 @@ def as_markdown(record: dict[str, Any], old: dict[str, Any] | None = None) -> st
         ("ring_prefill", "Prefill of the ring", "to one machine"),
     ):
         if record.get(part):
+            ratio = ratio if "ratio" in record[part][0] else ""  # a ring that no single machine can be held against
             lines += ["", f"## {title}", "", *_rows(record[part], ratio)]
     if old is not None:
         lines += ["", "## Against the older record", "", *_compared(record, old)]

@@ -11,6 +11,9 @@ import pytest
 
 from localreason.cli.build import Wiring
 from localreason.cli.main import ExitCode, main
+from localreason.runtime import llama
+from localreason.runtime.errors import OutOfMemory
+from localreason.runtime.llama import EngineOptions
 from localreason.runtime.model import Model
 
 SMALL = ["--tokens", "4", "--runs", "2", "--lengths", "8,24", "--batches", "1,2", "--threads", "1"]
@@ -77,6 +80,29 @@ def test_a_ring_is_measured_against_this_machine(tiny_model: Path, home: Path, c
     assert [row["sequences"] for row in record["ring"]] == [1, 2]
     assert [row["tokens"] for row in record["ring_prefill"]] == [8, 24]
     assert all(row["ratio"] > 0 for part in ("ring", "ring_prefill") for row in record[part])
+
+
+def test_a_ring_is_measured_alone_where_this_machine_cannot_hold_the_model(
+    tiny_model: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def load(path: Path, options: EngineOptions):
+        raise OutOfMemory("the model takes 90 GiB and 4 are free")
+
+    monkeypatch.setattr(llama, "load", load)
+    wired = Wiring(open_model=lambda path, options, config: Model.open(path, options))
+    command = ["bench", "-m", str(tiny_model), *SMALL]
+    assert main(command, wired) == ExitCode.FAILED
+    assert "takes 90 GiB" in capsys.readouterr().err
+    files = ["-o", "b.json", "-o", "b.md", "-o", "b.csv", "-o", "b.svg"]
+    assert main([*command, "--cluster", *files], wired) == ExitCode.OK
+    assert "4 are free; the ring is measured alone" in capsys.readouterr().err
+    record = json.loads(Path("b.json").read_text())
+    assert [row["sequences"] for row in record["ring"]] == [1, 2]
+    assert record.keys().isdisjoint({"decode", "prefill", "weights_bytes"})
+    assert re.search(r"## The ring.*\n\n\| what \| tokens a second \|\n", Path("b.md").read_text())
+    capsys.readouterr()
+    assert main([*command, "--cluster", "--compare", "b.json"], wired) == ExitCode.OK
+    assert "| ring | 1 sequence |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
