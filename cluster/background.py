@@ -19,8 +19,9 @@ class Background:
         self._thread = threading.Thread(target=self._loop.run_forever, name="ring", daemon=True)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine[Any, Any, T], seconds: float) -> T:
-        """The coroutine's result. Raises what it raises, ClusterError after the deadline."""
+    def run(self, coroutine: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+        """The coroutine's result. Raises what it raises, ClusterError after the deadline; a coroutine without one has
+        deadlines of its own."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(seconds)

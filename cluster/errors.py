@@ -6,7 +6,8 @@ LocalReasonError
     ├── ProtocolError       the other side sent what the protocol does not allow
     ├── PlanImpossible      no split of the model fits the machines
     ├── NodeLost            a machine of the ring does not answer any more
-    │   └── NextLost        and the machine before it is who found out
+    │   ├── NextLost        and the machine before it is who found out
+    │   └── HeadLost        and it is the one that the others work for
     └── NodeBusy            a machine serves another ring
 """
 
@@ -35,6 +36,10 @@ class NodeLost(ClusterError):
 
 class NextLost(NodeLost):
     """The next machine of the ring takes nothing from this one any more."""
+
+
+class HeadLost(NodeLost):
+    """The head of the ring says nothing any more."""
 
 
 class NodeBusy(ClusterError):

@@ -3,6 +3,7 @@
 import asyncio
 import queue
 import secrets
+import threading
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -71,7 +72,7 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A node is gone; the formation is over."""
+    """A node is gone, or with the name of the head only the ring; the formation is over."""
 
     member: str
     reason: str
@@ -97,7 +98,9 @@ class Formation:
         self._row_type = row_type
         self._outgoing: asyncio.Queue[wire.Step] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
-        self._is_lost = False
+        self.lost: Lost | None = None
+        """What ended the formation."""
+        self._is_over = False
         self._following: dict[str, str] = {}
         """The node that each node passes on to, where that is not the head."""
 
@@ -133,13 +136,31 @@ class Formation:
             opened.warm()
 
     async def open(self, addresses: dict[str, Address], dialer: Dialer, store: Store, name: str) -> None:
-        """Have every node load its windows and reach its neighbour. Raises NodeLost and what nodes failed with."""
-        digests = await asyncio.to_thread(store.digests, self.file)
-        order = [w.member for w in self.placement.windows if w.member != HEAD]
-        order = list(dict.fromkeys(order))
+        """Have every node load its windows and reach its neighbour. Raises NodeLost as soon as one is lost, and what
+        nodes failed with."""
+        order = list(dict.fromkeys(w.member for w in self.placement.windows if w.member != HEAD))
         self._following = dict(pairwise(order))
-        session = secrets.token_bytes(16)
         self.members = {member: Member(addresses[member], dialer) for member in order}
+        opening = asyncio.create_task(self._open(order, addresses, store, name))
+        ends = [asyncio.create_task(member.ended.wait()) for member in self.members.values()]
+        try:
+            await asyncio.wait([opening, *ends], return_when=asyncio.FIRST_COMPLETED)
+            error = next((member.error for member in self.members.values() if member.error), None)
+            if error is not None and not opening.done():
+                raise error
+            await opening
+        finally:
+            for task in (opening, *ends):
+                task.cancel()
+            await asyncio.gather(opening, *ends, return_exceptions=True)
+
+    async def _open(self, order: list[str], addresses: dict[str, Address], store: Store, name: str) -> None:
+        stopped = threading.Event()
+        try:
+            digests = await asyncio.to_thread(store.digests, self.file, stopped)
+        finally:
+            stopped.set()
+        session = secrets.token_bytes(16)
         opening = wire.Open(
             protocol=PROTOCOL,
             session=session,
@@ -176,12 +197,14 @@ class Formation:
         ]
 
     def _losing(self, member: str) -> OnLoss:
-        def lose(reason: str, is_next: bool = False) -> None:
-            if not self._is_lost:
-                self._is_lost = True
-                # A node that is killed is often missed first by the one before it, which is to stay in the ring.
-                following = self._following.get(member) if is_next else None
-                self.inbox.put(Lost(following, f"{member} {reason}") if following else Lost(member, reason))
+        def lose(reason: str, missed: wire.Missed = wire.NOBODY) -> None:
+            if self.lost is None and not self._is_over:
+                # A node that is killed is often missed first by the one before it, which is to stay in the ring; and
+                # all are well where they missed the head, which was asleep.
+                others = {wire.NEXT: self._following.get(member, member), wire.HEAD: HEAD}
+                gone = others.get(missed, member)
+                self.lost = Lost(gone, reason if gone == member else f"{member} {reason}")
+                self.inbox.put(self.lost)
 
         return lose
 
@@ -210,7 +233,7 @@ class Formation:
 
     async def close(self) -> None:
         """Leave the nodes idle and ready."""
-        self._is_lost = True
+        self._is_over = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -224,9 +247,11 @@ class Formation:
 
 
 async def _all(coroutines: list) -> list:
-    """All results; the first failure only after all have ended, a lost node before other errors."""
-    results = await asyncio.gather(*coroutines, return_exceptions=True)
-    failures = [result for result in results if isinstance(result, BaseException)]
-    if failures:
-        raise next((failure for failure in failures if isinstance(failure, NodeLost)), failures[0])
-    return results
+    """All results; at the first failure the others are cancelled. A lost node comes before other errors."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as error:
+        failures = error.exceptions
+        raise next((failure for failure in failures if isinstance(failure, NodeLost)), failures[0]) from None
+    return [task.result() for task in tasks]

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 from ..runtime.native import CACHE_TYPES
 from .codec import PROTOCOL
-from .errors import ClusterError, NodeLost, ProtocolError
+from .errors import ClusterError, HeadLost, ProtocolError
 from .store import Piece, Recipe
 from .window import WindowOptions
 from .wire import ring_pb2 as wire
@@ -28,15 +28,15 @@ class Inlet:
         try:
             message = await asyncio.wait_for(anext(self._messages), seconds)
         except TimeoutError as error:
-            raise NodeLost(f"the head said nothing for {seconds:.0f} s; the session is over") from error
+            raise HeadLost(f"the head said nothing for {seconds:.0f} s; the session is over") from error
         except StopAsyncIteration as error:
-            raise NodeLost("the head ended the session") from error
+            raise HeadLost("the head ended the session") from error
         if not self._is_paired():
             raise ClusterError("the head is not paired any more; the session is over")
         return message
 
     async def next(self, kind: str) -> wire.ToNode:
-        """The next word besides beats, which must be of that kind. Raises ProtocolError, NodeLost."""
+        """The next word besides beats, which must be of that kind. Raises ProtocolError, HeadLost."""
         end = time.monotonic() + _WORD_SECONDS
         while time.monotonic() < end:
             message = await self._read(_SILENCE_SECONDS)
@@ -45,7 +45,7 @@ class Inlet:
                 return message
             if found != "beat":
                 raise ProtocolError(f"{found} came where {kind} was awaited")
-        raise NodeLost(f"the head sent no {kind} for {_WORD_SECONDS:.0f} s; the session is over")
+        raise HeadLost(f"the head sent no {kind} for {_WORD_SECONDS:.0f} s; the session is over")
 
     async def drain(self) -> None:
         """Read until the head is gone or says something out of place."""

@@ -147,8 +147,13 @@ class Journal:
         self.n_unwanted = max(0, self.n_unwanted - 1)
         return is_wanted
 
+    @property
+    def is_unwanted(self) -> bool:
+        """True where nobody waits for any rows of what is on its way."""
+        return self.n_unwanted == sum(not isinstance(entry, Memory) for entry in self.pending)
+
     def absorb(self) -> None:
-        """Nothing is under way: all memory operations are part of the base."""
+        """Nothing is under way that somebody waits for: all of it is part of the base."""
         while self.pending:
             self.base.apply(self.pending.popleft())
         self.n_unwanted = 0

@@ -19,7 +19,9 @@ from .wire import ring_pb2_grpc as service
 
 SILENCE_SECONDS = 2.5
 """A node that sends no beat for so long is lost."""
+_LOOK_SECONDS, _STILL_SECONDS = 0.2, 1.0
 _CALL_SECONDS = 5.0
+_CHUNK_SECONDS = 60.0
 _CONNECT_SECONDS = 15.0
 _PROFILE_SECONDS = 60.0
 _LOAD_SECONDS = 600.0
@@ -58,9 +60,9 @@ class Load:
 
 
 class OnLoss(Protocol):
-    """Called when a node is lost, or `is_next` where that is what it says of the node behind it."""
+    """Called when a node is lost, or says that it missed another one."""
 
-    def __call__(self, reason: str, is_next: bool = False) -> None: ...
+    def __call__(self, reason: str, missed: wire.Missed = wire.NOBODY) -> None: ...
 
 
 class Member:
@@ -79,6 +81,10 @@ class Member:
         self.busy_seconds = 0.0
         self.lost: str = ""
         """Why the node is no longer there."""
+        self.error: ClusterError | None = None
+        self.ended = asyncio.Event()
+        """Set when the node is lost, with `error`."""
+        self._on_loss: OnLoss = lambda reason, missed=wire.NOBODY: None
 
     @property
     def name(self) -> str:
@@ -128,13 +134,10 @@ class Member:
         Raises NodeBusy, NodeLost, ClusterError. `on_loss` is called once if the node is lost later.
         """
         call = self._call = self._stub().Hold()
+        self._on_loss = on_loss
         self._heard = time.monotonic()
-        self._tasks = [
-            asyncio.create_task(self._speak(call)),
-            asyncio.create_task(self._listen(call, on_loss)),
-            asyncio.create_task(self._beat()),
-            asyncio.create_task(self._watch(on_loss)),
-        ]
+        self._tasks = [asyncio.create_task(task) for task in (self._speak(call), self._listen(call))]
+        self._tasks += [asyncio.create_task(task) for task in (self._beat(), self._watch())]
         del opening.windows[:]
         for load in loads:
             parts = [
@@ -168,11 +171,14 @@ class Member:
         blocks = iter([part.data[offset:]]) if part.data else file.read(part, offset)
         while (block := await asyncio.to_thread(next, blocks, None)) is not None:
             chunk = wire.Chunk(window=want.window, part=want.part, offset=offset, data=block)
-            await self._outgoing.put(wire.ToNode(chunk=chunk))
+            try:
+                await asyncio.wait_for(self._outgoing.put(wire.ToNode(chunk=chunk)), _CHUNK_SECONDS)
+            except TimeoutError:
+                self._lose(f"took no weights for {_CHUNK_SECONDS:.0f} s")
+            if self.error is not None:
+                raise self.error
             offset += len(block)
             self.n_sent_bytes += len(block)
-            if self.lost:
-                raise NodeLost(f"{self.name} {self.lost}")
 
     async def connect(self, following: Address | None) -> Link | None:
         """Have the node reach the next one, or wait for the head where there is none; the link to it if it was timed.
@@ -193,13 +199,13 @@ class Member:
 
     async def _next(self, seconds: float) -> wire.FromNode:
         """The node's next word besides beats. Raises what it failed with."""
+        message = wire.FromNode()
         try:
             message = await asyncio.wait_for(self._incoming.get(), seconds)
-        except TimeoutError as error:
-            raise NodeLost(f"{self.name} did not answer for {seconds:.0f} s") from error
-        if message.WhichOneof("message") == "failure":
-            kind = NodeBusy if message.failure.is_busy else NodeLost if self.lost else ClusterError
-            raise kind(f"{self.name}: {message.failure.text[:1000]}")
+        except TimeoutError:
+            self._lose(f"did not answer for {seconds:.0f} s")
+        if self.error is not None:
+            raise self.error
         return message
 
     async def _speak(self, call: "grpc.aio.StreamStreamCall[wire.ToNode, wire.FromNode]") -> None:
@@ -215,7 +221,7 @@ class Member:
             if not self._outgoing.full():
                 self._outgoing.put_nowait(wire.ToNode(beat=wire.Beat()))
 
-    async def _listen(self, call: "grpc.aio.StreamStreamCall[wire.ToNode, wire.FromNode]", on_loss: OnLoss) -> None:
+    async def _listen(self, call: "grpc.aio.StreamStreamCall[wire.ToNode, wire.FromNode]") -> None:
         try:
             async for message in call:
                 self._heard = time.monotonic()
@@ -223,25 +229,32 @@ class Member:
                 if kind == "beat":
                     self.busy_seconds = message.beat.busy_seconds
                     continue
-                self._incoming.put_nowait(message)
                 if kind == "failure":
-                    self._lose(f"failed: {message.failure.text[:1000]}", on_loss, message.failure)
+                    self._lose(f"failed: {message.failure.text[:1000]}", message.failure)
                     return
-            self._lose("ended the session", on_loss)
+                self._incoming.put_nowait(message)
+            self._lose("ended the session")
         except grpc.aio.AioRpcError as error:
-            self._lose(reason(error), on_loss)
+            self._lose(reason(error))
 
-    async def _watch(self, on_loss: OnLoss) -> None:
-        while (silent := time.monotonic() - self._heard) < SILENCE_SECONDS:
-            await asyncio.sleep(SILENCE_SECONDS - silent)
-        self._lose(f"sent no sign of life for {SILENCE_SECONDS} s", on_loss)
+    async def _watch(self) -> None:
+        while time.monotonic() - self._heard < SILENCE_SECONDS:
+            looked = time.monotonic()
+            await asyncio.sleep(_LOOK_SECONDS)
+            if time.monotonic() - looked > _LOOK_SECONDS + _STILL_SECONDS:
+                # This machine stood still itself, and what the node said meanwhile has not been read yet.
+                self._heard = time.monotonic()
+        self._lose(f"sent no sign of life for {SILENCE_SECONDS} s")
 
-    def _lose(self, why: str, on_loss: OnLoss, told: wire.Failure | None = None) -> None:
-        if not self.lost:
-            self.lost = why
-            if told is None:
-                self._incoming.put_nowait(wire.FromNode(failure=wire.Failure(text=why)))
-            on_loss(why, told is not None and told.is_next)
+    def _lose(self, why: str, told: wire.Failure | None = None) -> None:
+        if self.lost:
+            return
+        self.lost = why
+        told = told or wire.Failure(text=why)
+        self.error = (NodeBusy if told.is_busy else NodeLost)(f"{self.name}: {told.text[:1000]}")
+        self.ended.set()
+        self._incoming.put_nowait(wire.FromNode())  # for who waits for a word
+        self._on_loss(why, told.missed)
 
     async def release(self) -> None:
         """End the session, if there is one, and leave the node idle."""

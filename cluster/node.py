@@ -18,7 +18,7 @@ import grpc
 
 from ..runtime.errors import LocalReasonError
 from .codec import LONGEST_MESSAGE, PROTOCOL
-from .errors import ClusterError, NextLost, NodeBusy, ProtocolError
+from .errors import ClusterError, HeadLost, NextLost, NodeBusy, ProtocolError
 from .inlet import Inlet, read_options, read_recipe
 from .link import measured
 from .session import Session, Terms
@@ -32,6 +32,7 @@ _STEP_SECONDS = 60.0
 _FREE_SECONDS = 3.0
 """How long a head waits for a node that another one has before it is told so."""
 _MOST_ECHO = 4 << 20
+_MISSED = {NextLost: wire.NEXT, HeadLost: wire.HEAD}
 OPTIONS = [
     ("grpc.max_receive_message_length", LONGEST_MESSAGE),
     ("grpc.max_send_message_length", LONGEST_MESSAGE),
@@ -164,8 +165,8 @@ class Node(service.RingServicer):
         except LocalReasonError as error:
             self._show(f"{self._options.name}: {error}")
             log.warning("%s", error)
-            is_busy, is_next = isinstance(error, NodeBusy), isinstance(error, NextLost)
-            failure = wire.Failure(text=str(error), is_busy=is_busy, is_next=is_next)
+            missed = _MISSED.get(type(error), wire.NOBODY)
+            failure = wire.Failure(text=str(error), is_busy=isinstance(error, NodeBusy), missed=missed)
             await outgoing.put(wire.FromNode(failure=failure))
         finally:
             if is_mine:

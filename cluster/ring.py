@@ -10,7 +10,7 @@ sees a pause and nothing else.
 import contextlib
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..quant.gguf import ModelFile
@@ -30,7 +30,6 @@ from .timing import Timing
 from .window import WindowOptions
 from .wire import ring_pb2 as wire
 
-_FORM_SECONDS = 1200.0
 _STEP_SECONDS = 120.0
 """A step that takes longer has met a node that hangs."""
 _BUSY_SECONDS = 20.0
@@ -95,13 +94,15 @@ class RingEngine:
         self._flights: dict[int, _Flight] = {}
         self._due: list[wire.Operation] = []
         self._number = 0
+        self._awaited: dict[int, int] = {}
+        """The step that each window of the head's has to see next."""
         self._formation: Formation | None = None
         """None where a ring broke and could not be formed anew, and after `close`."""
         self._is_closed = False
         self._background = Background()
         self._roster = Roster(addresses, dialer, self._background, tell)
         try:
-            self._form()
+            self._form(is_first=True)
         except BaseException:
             self.close()
             raise
@@ -135,8 +136,10 @@ class RingEngine:
         """Bytes of weights that this formation's nodes had to be sent."""
         return self._ring.n_sent_bytes
 
-    def _form(self) -> None:
-        """Place the windows on the nodes that are there and open them, again without those that are lost meanwhile."""
+    def _form(self, is_first: bool = False) -> None:
+        """Place the windows on the nodes that are there and open them, again without those that are lost meanwhile.
+
+        Raises NodeBusy where another head has a node at first; later that node counts as lost."""
         deadline = time.monotonic() + _BUSY_SECONDS
         while True:
             placement = self._place(self._roster.present)
@@ -146,23 +149,22 @@ class RingEngine:
             self._formation = formation
             try:
                 opening = formation.open(self._roster.addresses, self._dialer, self._store, options.name)
-                self._background.run(opening, _FORM_SECONDS)
+                self._background.run(opening)
                 formation.load_own(self._store, options.n_threads)
                 if self._links is not None:
                     self._links.note(formation.links)
                 break
-            except NodeLost as error:
+            except (NodeLost, NodeBusy) as error:
+                # Also this head may have a node still, which ends the step that it was at in the ring that broke.
+                is_awaited = isinstance(error, NodeBusy) and time.monotonic() < deadline
+                lost = formation.lost
                 self._end_formation()
-                lost = next((m.name for m in formation.members.values() if m.lost not in ("", "released")), None)
-                if lost is None:
+                if is_awaited:
+                    self._tell(f"{error}; waiting")
+                elif lost is None or lost.member == HEAD or (is_first and isinstance(error, NodeBusy)):
                     raise
-                self._roster.lose(lost, str(error))
-            except NodeBusy as error:
-                # Also the head of a ring that broke: its nodes still end the step that they were at.
-                self._end_formation()
-                if time.monotonic() > deadline:
-                    raise
-                self._tell(f"{error}; waiting")
+                else:
+                    self._roster.lose(lost.member, str(error))
             except BaseException:
                 self._end_formation()
                 raise
@@ -178,18 +180,22 @@ class RingEngine:
             formation.free()
 
     def _recover(self, lost: Lost) -> None:
-        """Go on without a node."""
+        """Go on without a node, or with the same ones where this machine was asleep."""
         started, n_held = time.perf_counter(), sum(map(len, self._journal.base.tokens))
         self._end_formation()
-        self._roster.lose(lost.member, lost.reason)
+        if lost.member != HEAD:
+            self._roster.lose(lost.member, lost.reason)
         self._restore()
         self.timing.recoveries.append((lost.member, time.perf_counter() - started))
-        self._tell(f"going on without {lost.member}; {n_held} tokens are evaluated again")
+        how = f"without {lost.member}" if lost.member != HEAD else f"in a new ring, since {lost.reason}"
+        self._tell(f"going on {how}; {n_held} tokens are evaluated again")
 
     def _restore(self) -> None:
         """Form a ring, evaluate what was held, send again what was under way. Raises as `_form` does; the journal
         keeps everything, for the next attempt."""
-        self._flights, self._due, self._number = {}, [], 0
+        self._flights, self._due, self._number, self._awaited = {}, [], 0, {}
+        if self._journal.is_unwanted:
+            self._journal.absorb()
         self._form()
         ring = self._ring
         for entry in self._journal.base.rebuild(self.n_batch):
@@ -217,10 +223,11 @@ class RingEngine:
         if self._roster.has_returned and not self._flights and (is_prompt or self._formation is None):
             self._roster.readmit()
             self._end_formation()
-        if self._formation is None and not self._is_closed:
-            self._restore()
-        self._journal.add(batch)
-        self._issue(batch)
+        with self._whole():
+            if self._formation is None and not self._is_closed:
+                self._restore()
+            self._journal.add(batch)
+            self._issue(batch)
 
     def collect(self) -> Logits:
         """The wanted rows of the oldest batch, shape (n_rows, n_vocab), valid until the next call."""
@@ -249,13 +256,24 @@ class RingEngine:
             if slowest is None:
                 raise DecodeFailed("nothing is under way; submit a batch first") from None
             item = Lost(slowest.name, f"let a step wait for {_STEP_SECONDS:.0f} s")
+        with self._whole():
+            try:
+                return self._compute(item) if isinstance(item, Returned) else self._recover(item)
+            except ProtocolError as error:
+                last = next((w.member for w in reversed(ring.placement.windows) if w.member != HEAD), HEAD)
+                return self._recover(Lost(last, str(error)))
+            except NodeLost as error:
+                raise ClusterError(f"{error}; the answer cannot go on") from error
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A ring that an exception leaves in the middle of a step is ended: the next batch forms it anew, by the
+        journal."""
         try:
-            return self._compute(item) if isinstance(item, Returned) else self._recover(item)
-        except ProtocolError as error:
-            last = next(w.member for w in reversed(ring.placement.windows) if w.member != HEAD)
-            return self._recover(Lost(last, str(error)))
-        except NodeLost as error:
-            raise ClusterError(f"{error}; the answer cannot go on") from error
+            yield
+        except BaseException:
+            self._end_formation()
+            raise
 
     def _compute(self, item: Returned) -> Logits | None:
         """Run a window of the head's."""
@@ -263,6 +281,9 @@ class RingEngine:
         window = ring.windows.get(item.hop)
         if flight is None or window is None:
             raise ProtocolError(f"step {item.number} came back at window {item.hop}, where none was awaited")
+        if item.number != (awaited := self._awaited.get(item.hop, 0)):
+            raise ProtocolError(f"step {item.number} came back at window {item.hop}, which awaits {awaited}")
+        self._awaited[item.hop] = awaited + 1
         n_tokens = sum(len(span.tokens) for span in flight.batch)
         rows = unpack_rows(item.rows, n_tokens, self._file.n_embd)
         apply(window, flight.operations)
@@ -310,8 +331,9 @@ class RingEngine:
             self._remember(Memory(sequence_id, n_tokens))
 
     def _remember(self, operation: Memory) -> None:
-        self._journal.add(operation)
-        self._issue(operation)
+        with self._whole():
+            self._journal.add(operation)
+            self._issue(operation)
         if not self._flights:  # nothing has to come back first
             self._journal.absorb()
 

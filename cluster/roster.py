@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import Callable
 
 from .background import Background
 from .errors import ClusterError
 from .member import Address, Dialer, Member
 
-_RETRY_SECONDS = 5.0
+_RETRY_SECONDS, _LONGEST_SECONDS = 5.0, 600.0
+_SOON_SECONDS = 60.0
+"""A node that is lost again so soon after its return has a lasting fault and is left out for longer each time."""
 
 
 class Roster:
@@ -21,6 +25,11 @@ class Roster:
         self._dialer, self._background, self._tell = dialer, background, tell
         self._absent: set[str] = set()
         self._returned: set[str] = set()
+        self._back: dict[str, float] = {}
+        """When a node came back."""
+        self._pauses: dict[str, float] = {}
+        self._due: dict[str, float] = {}
+        """How long and until when a node is left out."""
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -36,26 +45,44 @@ class Roster:
     def lose(self, name: str, why: str) -> None:
         """Do without a node from now on."""
         self._tell(f"{name} is lost: {why}")
+        is_again = time.monotonic() - self._back.get(name, -math.inf) < _SOON_SECONDS
+        pause = min(_LONGEST_SECONDS, 2 * self._pauses[name]) if is_again else _RETRY_SECONDS
+        self._pauses[name], self._due[name] = pause, time.monotonic() + pause - _RETRY_SECONDS
         self._absent.add(name)
         self._background.call(self._look)
 
     def readmit(self) -> None:
         """Count those that answer again among those that are there."""
-        self._tell(f"back again: {', '.join(sorted(self._returned))}")
-        self._absent -= self._returned
-        self._returned.clear()
+        returned = set(self._returned)
+        self._tell(f"back again: {', '.join(sorted(returned))}")
+        self._absent -= returned
+        self._returned -= returned
+        self._back |= dict.fromkeys(returned, time.monotonic())
 
     def _look(self) -> None:
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._await_return())
 
     async def _await_return(self) -> None:
-        while self._absent - self._returned:
+        while self._absent:
             await asyncio.sleep(_RETRY_SECONDS)
-            for name in self._absent - self._returned:
-                member = Member(self.addresses[name], self._dialer)
-                with contextlib.suppress(ClusterError):
-                    if not (await member.describe()).held_by:
-                        self._returned.add(name)
-                        self._tell(f"{name} answers again and is used for the next request")
+            for name in list(self._absent):
+                if time.monotonic() < self._due[name]:
+                    continue
+                is_free = await self._is_free(name)
+                # Another head may have it by now, or it went again.
+                if not is_free or name not in self._absent:
+                    self._returned.discard(name)
+                elif name not in self._returned:
+                    self._returned.add(name)
+                    self._tell(f"{name} answers again and is used for the next request")
+
+    async def _is_free(self, name: str) -> bool:
+        member = Member(self.addresses[name], self._dialer)
+        try:
+            return not (await member.describe()).held_by
+        except ClusterError:
+            return False
+        finally:
+            with contextlib.suppress(ClusterError):
                 await member.release()

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +100,9 @@ class Store:
     def path(self, recipe: Recipe) -> Path:
         return self.folder / f"{recipe.name}.gguf"
 
-    def digests(self, file: ModelFile) -> dict[int, bytes]:
-        """The SHA-256 of each tensor by offset; read once from the file, then kept beside the windows."""
+    def digests(self, file: ModelFile, stopped: threading.Event | None = None) -> dict[int, bytes]:
+        """The SHA-256 of each tensor by offset; read once from the file, which takes a while and ends early with
+        ClusterError where it is `stopped`, then kept beside the windows."""
         stats = [(path.resolve(), path.stat()) for path, _ in file.files]
         told = " ".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
         key = hashlib.sha256(told.encode()).hexdigest()
@@ -109,8 +111,11 @@ class Store:
             return {int(offset): bytes.fromhex(digest) for offset, digest in json.loads(kept.read_text()).items()}
         except (OSError, ValueError, AttributeError):
             pass
-        tensors = file.tensors.values()
-        found = {tensor.offset: file.digest(Part(tensor.n_bytes, tensor.offset)) for tensor in tensors}
+        found = {}
+        for tensor in file.tensors.values():
+            if stopped is not None and stopped.is_set():
+                raise ClusterError(f"reading {file.path} was stopped")
+            found[tensor.offset] = file.digest(Part(tensor.n_bytes, tensor.offset))
         self._make_folder()
         _replace(kept, json.dumps({offset: digest.hex() for offset, digest in found.items()}))
         return found

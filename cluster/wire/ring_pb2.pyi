@@ -7,11 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Missed(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NOBODY: _ClassVar[Missed]
+    NEXT: _ClassVar[Missed]
+    HEAD: _ClassVar[Missed]
+
 class RowType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     F32: _ClassVar[RowType]
     F16: _ClassVar[RowType]
     I8: _ClassVar[RowType]
+NOBODY: Missed
+NEXT: Missed
+HEAD: Missed
 F32: RowType
 F16: RowType
 I8: RowType
@@ -185,14 +194,14 @@ class Beat(_message.Message):
     def __init__(self, busy_seconds: _Optional[float] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("text", "is_busy", "is_next")
+    __slots__ = ("text", "is_busy", "missed")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IS_BUSY_FIELD_NUMBER: _ClassVar[int]
-    IS_NEXT_FIELD_NUMBER: _ClassVar[int]
+    MISSED_FIELD_NUMBER: _ClassVar[int]
     text: str
     is_busy: bool
-    is_next: bool
-    def __init__(self, text: _Optional[str] = ..., is_busy: _Optional[bool] = ..., is_next: _Optional[bool] = ...) -> None: ...
+    missed: Missed
+    def __init__(self, text: _Optional[str] = ..., is_busy: _Optional[bool] = ..., missed: _Optional[_Union[Missed, str]] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("number", "hop", "operations", "spans", "rows")

@@ -1,0 +1,214 @@
+"""Losses that are none, and faults that must not spoil what comes after them: rings of real node processes."""
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from localreason.cluster.background import Background
+from localreason.cluster.formation import HEAD, Lost
+from localreason.cluster.member import Address, Member
+from localreason.cluster.roster import Roster
+from localreason.cluster.window import LayerWindow
+from localreason.cluster.wire import ring_pb2 as wire
+from localreason.runtime.engine import Span
+from localreason.runtime.errors import DecodeFailed
+from localreason.runtime.llama import EngineOptions, load
+from tests.cluster.processes import Head, NodeProcess
+from tests.cluster.test_ring import N_LAYERS, ring_of, tokens_of, whole
+from tests.cluster.test_window import PROMPT, script
+from tests.gguf_models import write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return write_model(folder / "whole.gguf", "qwen2", 3, N_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def head(folder):
+    return Head(folder)
+
+
+@pytest.fixture
+def spare(folder, head):
+    with NodeProcess(folder, "old", head) as old, NodeProcess(folder, "older", head) as older:
+        yield [old, older]
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    with whole(model) as engine:
+        return script(engine)
+
+
+@pytest.mark.parametrize("fault", [DecodeFailed, KeyboardInterrupt])
+@pytest.mark.parametrize("is_done", [False, True], ids=["before the step", "behind it"])
+def test_an_exception_in_the_heads_own_window_does_not_spoil_the_next_answer(
+    model, head, spare, folder, monkeypatch, fault, is_done
+):
+    engine, tokenizer = load(model, EngineOptions(512, 4, 1, n_batch=64))
+    with contextlib.closing(engine):
+        alone = tokens_of(engine, tokenizer)
+    with ring_of(model, head, spare, folder) as ring:
+        run, n_runs = LayerWindow.run, []
+
+        def stumble(window, *arguments):
+            n_runs.append(1)
+            if len(n_runs) == 10:
+                if is_done:
+                    run(window, *arguments)
+                raise fault("once")
+            return run(window, *arguments)
+
+        monkeypatch.setattr(LayerWindow, "run", stumble)
+        with pytest.raises(fault):
+            tokens_of(ring, tokenizer)
+        assert tokens_of(ring, tokenizer) == alone
+        assert ring.timing.recoveries == [], "nobody is to blame"
+        assert len(ring.placement.windows) == 3
+
+
+def test_a_head_that_stood_still_blames_nobody(model, head, spare, folder, expected):
+    with ring_of(model, head, spare, folder) as ring:
+        ring.decode([Span(0, 0, PROMPT)])
+        ring._background.call(time.sleep, 3.5)  # no word is read for longer than a node may be silent
+        ring.rewind(0, 0)
+        assert np.array_equal(script(ring), expected)
+        assert ring.timing.recoveries == []
+
+
+def test_nodes_that_missed_the_head_stay_in_the_ring(model, head, spare, folder, expected):
+    told = []
+    with ring_of(model, head, spare, folder, tell=told.append) as ring:
+        ring.decode([Span(0, 0, PROMPT)])
+        ring._background.call(ring._ring._losing("old"), "failed: the head said nothing for 10 s", wire.HEAD)
+        ring.rewind(0, 0)
+        assert np.array_equal(script(ring), expected)
+        assert [name for name, _ in ring.timing.recoveries] == [HEAD]
+        assert len(ring.placement.windows) == 3
+    assert not any("is lost" in text for text in told)
+
+
+def test_a_node_that_another_head_took_meanwhile_is_done_without(model, head, spare, folder, expected, monkeypatch):
+    monkeypatch.setattr("localreason.cluster.ring._BUSY_SECONDS", 1.0)
+    back, told = threading.Event(), []
+
+    def tell(text):
+        told.append(text)
+        if "answers again" in text:
+            back.set()
+
+    with ring_of(model, head, spare, folder, tell=tell) as ring:
+        ring.decode([Span(0, 0, PROMPT)])
+        port = spare[1].port
+        spare[1].kill()
+        ring.decode([Span(0, len(PROMPT), [1])])
+        spare[1].start(port)
+        assert back.wait(20)
+        with ring_of(model, head, spare[1:], folder, name="desk"):
+            ring.rewind(0, 0)
+            assert np.array_equal(script(ring), expected)
+            assert [window.member for window in ring.placement.windows] == ["old", HEAD]
+    assert any(text.startswith("older is lost: older: older is busy with desk") for text in told), told
+
+
+def test_a_node_that_fails_again_and_again_is_left_out_for_longer_each_time(monkeypatch):
+    monkeypatch.setattr("localreason.cluster.roster._RETRY_SECONDS", 0.1)
+
+    async def is_free(roster, name):
+        return True
+
+    monkeypatch.setattr(Roster, "_is_free", is_free)
+    back, pauses = threading.Event(), []
+
+    def tell(text):
+        if "answers again" in text:
+            back.set()
+
+    background = Background()
+    try:
+        roster = Roster([Address("old", "127.0.0.1", 1)], None, background, tell)
+        for _ in range(4):
+            started = time.monotonic()
+            roster.lose("old", "has no room")
+            assert roster.present == []
+            assert back.wait(20)
+            back.clear()
+            pauses.append(time.monotonic() - started)
+            roster.readmit()
+            assert roster.present == ["old"]
+    finally:
+        background.close()
+    assert pauses[3] > 0.7, pauses  # 0.1, 0.2, 0.4, 0.8
+    assert pauses[0] < 0.7
+
+
+def test_a_node_that_is_lost_while_another_one_is_fed_is_named_at_once(model, head, folder, tmp_path, monkeypatch):
+    send_part, fed, is_named = Member._send_part, threading.Event(), threading.Event()
+
+    async def stall(member, *arguments):
+        if member.name == "slow":
+            fed.set()
+            await asyncio.to_thread(is_named.wait, 30)
+        await send_part(member, *arguments)
+
+    def tell(text):
+        if "is lost" in text:
+            told.append(text)
+            is_named.set()
+
+    told = []
+    monkeypatch.setattr(Member, "_send_part", stall)
+    with NodeProcess(tmp_path, "slow", head) as slow, NodeProcess(tmp_path, "gone", head) as gone:
+        killer = threading.Thread(target=lambda: fed.wait(30) and gone.kill())
+        killer.start()
+        started = time.monotonic()
+        try:
+            with ring_of(model, head, [slow, gone], folder, tell=tell) as ring:
+                assert [window.member for window in ring.placement.windows] == ["slow", HEAD]
+        finally:
+            is_named.set()
+            killer.join(30)
+    assert told[0].startswith("gone is lost"), told
+    assert time.monotonic() - started < 20
+
+
+def test_steps_that_come_back_in_another_order_are_a_fault_of_the_last_node(model, head, spare, folder):
+    with whole(model) as engine:
+        first = np.array(engine.decode([Span(0, 0, PROMPT[:20])]))
+        second = np.array(engine.decode([Span(1, 0, PROMPT[20:40])]))
+
+    class Swapped(queue.SimpleQueue):
+        """The first two in the other order."""
+
+        def __init__(self):
+            super().__init__()
+            self._kept = []
+
+        def put(self, item):
+            if isinstance(item, Lost) or self._kept is None:
+                super().put(item)
+            elif not self._kept:
+                self._kept.append(item)
+            else:
+                super().put(item)
+                super().put(self._kept[0])
+                self._kept = None
+
+    with ring_of(model, head, spare, folder) as ring:
+        ring._ring.inbox = Swapped()
+        ring.submit([Span(0, 0, PROMPT[:20])])
+        ring.submit([Span(1, 0, PROMPT[20:40])])
+        assert np.array_equal(ring.collect(), first)
+        assert np.array_equal(ring.collect(), second)
+        assert [name for name, _ in ring.timing.recoveries] == ["older"]
