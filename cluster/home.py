@@ -67,10 +67,12 @@ class Home:
         self.cache = self.cache or platformdirs.user_cache_path("localreason", appauthor=False) / "windows"
 
     def store(self, models: Sequence[Path] = ()) -> Store:
-        """The window files of this machine; half the free disk at most where no limit is set."""
+        """The window files of this machine; half of what is free without them at most where no limit is set."""
         assert self.cache is not None
         near = next(path for path in (self.cache, *self.cache.parents) if path.exists())
-        return Store(self.cache, self.limit_bytes or int(_LIMIT_SHARE * shutil.disk_usage(near).free), models)
+        held = sum(size for _, size, _ in Store(self.cache, 0).entries())
+        limit = self.limit_bytes or int(_LIMIT_SHARE * (shutil.disk_usage(near).free + held))
+        return Store(self.cache, limit, models)
 
     def links(self) -> LinkBook:
         """What nodes found of the links between them."""

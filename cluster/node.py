@@ -192,6 +192,7 @@ class Node(service.RingServicer):
         known = self._gate.introduce(list(opening.neighbours)) | {caller}
         terms = Terms(opening.session, self._holder, options, opening.row_type, opening.is_disk_used, known)
         windows, n_received = {}, 0
+        self._store.forget_used()
         for i, message in enumerate(opening.windows):
             path, n = await self._build(i, read_recipe(message), inlet, outgoing)
             windows[message.hop] = (path, message.n_gpu_layers)

@@ -142,6 +142,7 @@ class RingEngine:
         Raises NodeBusy where another head has a node at first; later that node counts as lost."""
         deadline = time.monotonic() + _BUSY_SECONDS
         while True:
+            self._store.forget_used()
             placement = self._place(self._roster.present)
             options = self._options
             window_options = WindowOptions(self.n_context, self.n_sequences, self.n_batch, options.cache_type)

@@ -5,6 +5,7 @@ whole. A new window takes the parts that lie in other windows here, or in the sa
 be sent. A file that was not finished goes on where it stopped.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,11 +16,12 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..quant.gguf import ModelFile, Part, Window, locate, padded
-from ..runtime.errors import ModelError
+from ..quant.gguf import ARCHITECTURES, ModelFile, Part, Window, locate, padded
+from ..runtime.errors import ModelError, ModelUnsupported
 from ..runtime.header import check_header, read_header
 from ..runtime.parts import part_names
 from .errors import ClusterError, ProtocolError
@@ -123,13 +125,32 @@ class Store:
     def build(self, recipe: Recipe) -> "Building | None":
         """None where the window is here already; else its unfinished file. Raises ClusterError without space."""
         self._used.add(recipe.name)
-        path = self.path(recipe)
-        if path.exists() and path.stat().st_size == recipe.n_bytes:
-            os.utime(path)
+        if self._is_whole(recipe):
             return None
         self._make_folder()
-        self._make_room(recipe.n_bytes)
-        return Building(self, recipe)
+        self._make_room(recipe)
+        building = Building(self, recipe)
+        try:
+            if self._is_whole(recipe):  # another process has just built it
+                building.close()
+                return None
+            building.resume()
+        except BaseException:
+            building.close()
+            raise
+        return building
+
+    def forget_used(self) -> None:
+        """What was built so far may be dropped for something else: a new ring begins."""
+        self._used.clear()
+
+    def _is_whole(self, recipe: Recipe) -> bool:
+        path = self.path(recipe)
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size == recipe.n_bytes:
+                os.utime(path)
+                return True
+        return False
 
     def find(self, recipe: Recipe, piece: Piece) -> tuple[Path, int] | None:
         """Where else on this machine a part's bytes lie: a file and an offset; their digest is to be checked."""
@@ -161,37 +182,47 @@ class Store:
 
     def entries(self) -> list[tuple[Path, int, float]]:
         """Window files with bytes and the time of last use, the latest first."""
-        files = [path for path in self.folder.glob("*.gguf*") if _WINDOW.fullmatch(path.name)]
-        stats = [(path, path.stat()) for path in files]
-        return sorted(((path, stat.st_size, stat.st_mtime) for path, stat in stats), key=lambda entry: -entry[2])
+        found = []
+        for path in self.folder.glob("*.gguf*"):
+            with contextlib.suppress(FileNotFoundError):  # finished or dropped by another process meanwhile
+                if _WINDOW.fullmatch(path.name):
+                    stat = path.stat()
+                    found.append((path, stat.st_size, stat.st_mtime))
+        return sorted(found, key=lambda entry: -entry[2])
 
     def clear(self) -> int:
         """Delete every window file; the bytes that became free."""
-        return sum(self._delete(path) for path, _, _ in self.entries())
+        entries = self.entries()
+        for path, _, _ in entries:
+            self._delete(path)
+        return sum(size for _, size, _ in entries)
 
-    def _delete(self, path: Path) -> int:
-        n_bytes = path.stat().st_size
+    def _delete(self, path: Path) -> None:
         path.unlink(missing_ok=True)
         if path.suffix == ".gguf":
             path.with_name(path.stem + ".parts.json").unlink(missing_ok=True)
-        return n_bytes
 
-    def _make_room(self, n_bytes: int) -> None:
+    def _make_room(self, recipe: Recipe) -> None:
         """Delete what was used longest ago. Raises ClusterError where that is not enough."""
+        n_bytes = recipe.n_bytes
         if n_bytes > self.limit_bytes:
             raise ClusterError(
                 f"a window of {n_bytes} bytes is larger than the cache's limit of {self.limit_bytes}; raise the limit"
             )
         entries = self.entries()
-        held = sum(size for _, size, _ in entries)
+        begun = sum(size for path, size, _ in entries if path.name.split(".")[0] == recipe.name)
+        held = sum(size for _, size, _ in entries) - begun
         for path, size, _ in reversed(entries):
             if held + n_bytes <= self.limit_bytes:
                 break
             if path.name.split(".")[0] not in self._used:
-                held -= self._delete(path) and size
+                self._delete(path)
+                held -= size
         free = shutil.disk_usage(self.folder).free
-        if free < n_bytes:
-            raise ClusterError(f"a window takes {n_bytes} bytes and {free} are free at {self.folder}; free some space")
+        if free < n_bytes - begun:
+            raise ClusterError(
+                f"a window takes {n_bytes - begun} bytes and {free} are free at {self.folder}; free some space"
+            )
 
     def _make_folder(self) -> None:
         try:
@@ -211,6 +242,7 @@ class Building:
         self._offsets = recipe.offsets()
         self._path = store.path(recipe).with_suffix(".gguf.part")
         self._lock = FileLock(store.folder / f"{recipe.name}.lock", timeout=_LOCK_SECONDS, thread_local=False)
+        self._file: Any = None
         self._digest = hashlib.sha256()
         self._n_written = 0
         self._n_done = 0
@@ -221,9 +253,8 @@ class Building:
             raise ClusterError(
                 f"another process has been writing {self._path} for {_LOCK_SECONDS} s; end it and try again"
             ) from error
-        self._resume()
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
         """Take over the parts that an earlier attempt finished; their digests are checked again."""
         is_new = not self._path.exists()
         self._file = self._path.open("w+b" if is_new else "r+b")
@@ -290,17 +321,22 @@ class Building:
         self._file.truncate(self.recipe.n_bytes)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.close()
-        check_header(read_header(self._path), self._path)
+        self._file.close()
+        values = read_header(self._path)
+        check_header(values, self._path)
+        if values.get("general.architecture") not in ARCHITECTURES:
+            raise ModelUnsupported(f"windows of a {str(values.get('general.architecture'))[:32]} are not known here")
         path = self._store.path(self.recipe)
         places = {p.sha256.hex(): offset for p, offset in zip(self.recipe.pieces, self._offsets, strict=True)}
         _replace(path.with_name(path.stem + ".parts.json"), json.dumps(places))
         self._path.replace(path)
+        self.close()
         return path
 
     def close(self) -> None:
         """Leave the file as it is, to go on with another time."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._lock.release()
 
 

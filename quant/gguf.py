@@ -11,6 +11,7 @@ of it with the whole, bit for bit.
 
 import hashlib
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _N_STUB = 32
 """Rows of the vocabulary that stands in for none."""
 _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
 _FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_LAYER = re.compile(r"blk\.([0-9]{1,9})\..+", re.DOTALL)
 _F32, _F16 = int(GGMLQuantizationType.F32), int(GGMLQuantizationType.F16)
 _READ_BYTES = 1 << 20
 
@@ -178,6 +180,8 @@ class ModelFile:
 
     @property
     def n_vocab(self) -> int:
+        if len(self.embedding.shape) != 2:
+            raise ModelBroken(f"{self.path}: the embedding has the shape {self.embedding.shape}; get it again")
         return self.embedding.shape[1]
 
     def _one(self, name: str) -> Tensor:
@@ -193,9 +197,9 @@ class ModelFile:
     def _layers(self) -> list[list[Tensor]]:
         layers: list[list[Tensor]] = [[] for _ in range(self.n_layers)]
         for tensor in self.tensors.values():
-            parts = tensor.name.split(".")
-            if parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) < self.n_layers:
-                layers[int(parts[1])].append(tensor)
+            found = _LAYER.fullmatch(tensor.name)
+            if found and int(found[1]) < self.n_layers:
+                layers[int(found[1])].append(tensor)
         empty = next((i for i, layer in enumerate(layers) if not layer), None)
         if empty is not None:
             raise ModelBroken(f"{self.path} has no tensors of layer {empty} of {self.n_layers}; get it again")
@@ -214,6 +218,13 @@ class ModelFile:
                 f"{self.path}: a {self.architecture} of {self.n_layers} layers cannot be cut exactly; "
                 f"run it on one machine"
             )
+        # The table of the embedding is in no window, so llama.cpp does not look at it.
+        for tensor in (self.embedding, self.output):
+            if tensor.shape != (self.n_embd, self.n_vocab):
+                raise ModelBroken(
+                    f"{self.path}: {tensor.name!r} has the shape {tensor.shape}, not {(self.n_embd, self.n_vocab)}; "
+                    f"get it again"
+                )
         return rule
 
     @cached_property

@@ -15,6 +15,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _ALIGNMENT = 32
+_WHOLE_HEADS = ("qwen2", "qwen3", "qwen3moe")
+"""Architectures whose keys and values are of one length, all of which is rotated."""
 _MOST_LAYERS = 512
 _MOST_EXPERTS = 1024
 _MOST_TENSORS = 1 << 16
@@ -198,6 +200,11 @@ def check_header(values: dict[str, Any], path: Path | str) -> None:
     if n_groups > 1:
         limits.append(("expert_group_used_count", n_groups_used, 1, n_groups - 1))
         limits.append(("expert_count modulo expert_group_count", n_experts % n_groups, 0, 0))
+    if architecture in _WHOLE_HEADS:
+        width = highest("embedding_length") // max(1, highest("attention.head_count", 1))
+        key = highest("attention.key_length", width)
+        limits.append(("attention.value_length", highest("attention.value_length", width), key, key))
+        limits.append(("rope.dimension_count", highest("rope.dimension_count", key), key, key))
     for name, value, low, high in limits:
         if not low <= value <= high:
             raise ModelBroken(f"{path} is damaged: {architecture}.{name} is {value}, not {low} to {high}; get it again")

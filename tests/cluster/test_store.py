@@ -1,13 +1,18 @@
 """Window files put together from parts: kept, resumed, shared, limited, never believed without their digest."""
 
+import contextlib
 import hashlib
+import shutil
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from localreason.cluster.errors import ClusterError, ProtocolError
 from localreason.cluster.store import Piece, Recipe, Store, make_recipe
 from localreason.quant.gguf import ModelFile
+from localreason.runtime.errors import ModelUnsupported
 from tests.gguf_models import write_model
 
 
@@ -172,3 +177,38 @@ def test_digests_are_read_once(tmp_path, file):
     data = file.path.read_bytes()[tensor.offset : tensor.offset + tensor.n_bytes]
     assert found[tensor.offset] == hashlib.sha256(data).digest()
     assert Store(tmp_path, 1 << 30).digests(file) == found
+
+
+def test_what_an_earlier_ring_used_is_dropped_for_the_next_one(tmp_path, file):
+    size = file.window(0, 1, False).n_bytes
+    store = Store(tmp_path, 2 * size + size // 2)
+    for first in range(3):
+        store.forget_used()
+        build(store, file, first, first + 1)
+    assert len(store.entries()) == 2
+
+
+def test_a_begun_window_needs_only_the_rest_of_its_space(tmp_path, file, monkeypatch):
+    window, recipe = recipe_of(Store(tmp_path, 1 << 30), file, 0, 3)
+    building = Store(tmp_path, 1 << 30).build(recipe)
+    fill(file, window, building, most=window.n_bytes // 2)
+    building.close()
+    begun = next(tmp_path.glob("*.part")).stat().st_size
+    assert begun > 0
+    free = [recipe.n_bytes - begun - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    with pytest.raises(ClusterError, match=f"takes {recipe.n_bytes - begun} bytes and {free[0]} are free"):
+        Store(tmp_path, recipe.n_bytes).build(recipe)
+    free[0] += 1
+    build(Store(tmp_path, recipe.n_bytes), file, 0, 3)
+
+
+def test_a_window_of_another_architecture_is_refused(tmp_path, file):
+    window = file.window(0, 1, False)
+    store = Store(tmp_path, 1 << 30)
+    strange = replace(window, header=window.header.replace(b"llama", b"mamba"))
+    building = store.build(make_recipe(file, strange, store.digests(file)))
+    with contextlib.closing(building):
+        fill(file, window, building)
+        with pytest.raises(ModelUnsupported, match="windows of a mamba are not known here"):
+            building.finish()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from localreason.quant.gguf import ARCHITECTURES, ModelFile
 from localreason.runtime.engine import Span
-from localreason.runtime.errors import DecodeFailed, ModelError, ModelUnsupported
+from localreason.runtime.errors import DecodeFailed, ModelBroken, ModelError, ModelUnsupported
 from localreason.runtime.llama import EngineOptions, load
 from tests.cluster.rings import LocalRing
 from tests.gguf_models import N_EMBD, N_FF, N_HEAD, write_model
@@ -112,6 +112,20 @@ def test_unknown_architectures_and_inexact_cuts_are_refused(tmp_path):
     large = ModelFile(write_model(tmp_path / "g.gguf", "gemma3", n_layers=62))
     with pytest.raises(ModelUnsupported, match="62 layers cannot be cut"):
         large.window(0, 1, False)
+
+
+def test_a_table_that_no_window_has_is_looked_at_all_the_same(tmp_path):
+    tables = {"output.weight": (265, N_EMBD), "token_embd.weight": (265, N_EMBD // 2)}
+    path = write_model(tmp_path / "evil.gguf", extra=tables)
+    with pytest.raises(ModelBroken, match=r"'token_embd.weight' has the shape \(32, 265\), not \(64, 265\)"):
+        ModelFile(path).check_cut()
+
+
+@pytest.mark.parametrize("name", ["blk", "blk.0", "blk.²", "blk.0.", "blk.99999999999.x"])
+def test_tensors_with_strange_names_are_in_no_layer(tmp_path, name):
+    file = ModelFile(write_model(tmp_path / "m.gguf", extra={name: (4,)}))
+    assert [len(file.layer(i)) for i in range(2)] == [9, 9]
+    file.window(0, 2, True)
 
 
 def test_activations_of_another_shape_are_refused(tmp_path, tiny_model):

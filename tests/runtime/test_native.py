@@ -172,6 +172,10 @@ class TestHostileFiles:
             ("llama.attention.layer_norm_rms_epsilon", -1.0),
             ("llama.attention.layer_norm_rms_epsilon", float("nan")),
             ("llama.rope.scaling.type", "nonesuch"),
+            ("qwen2.rope.dimension_count", 0),
+            ("qwen2.attention.key_length", 3),
+            ("qwen3.rope.dimension_count", 7),
+            ("qwen3moe.rope.dimension_count", 2**31 - 1),
             ("general.alignment", 1),
             ("general.alignment", 0),
             ("tokenizer.ggml.model", "llama"),
@@ -179,7 +183,9 @@ class TestHostileFiles:
         ],
     )
     def test_numbers_that_llama_cpp_asserts_on_are_refused(self, tmp_path, key, value):
-        path = write_model(tmp_path / "x.gguf", values={key: value})
+        family = key.split(".")[0]
+        architecture = family if family.startswith("qwen") else "llama"
+        path = write_model(tmp_path / "x.gguf", architecture, values={key: value})
         [result] = open_all([path])
         assert result.startswith("ModelBroken")
 
