@@ -140,6 +140,7 @@ def cache(
 @app.command()
 def status(peers: Peers = None, is_json: Json = False) -> None:
     """Show what the nodes are doing, and how long a message takes to them."""
+    from ..cluster.errors import ClusterError
     from ..cluster.member import Member
     from .ring import LOOK_SECONDS, make_home
 
@@ -154,10 +155,15 @@ def status(peers: Peers = None, is_json: Json = False) -> None:
                 member = Member(one.address, home.gate)
                 try:
                     seconds, width = await member.measure_link()
+                    link = {
+                        "round_trip_ms": round(2 * seconds * 1000, 2),
+                        "megabytes_per_second": round(width / 1e6, 1),
+                    }
+                except ClusterError as error:
+                    link = {"state": str(error).removeprefix(one.name).strip()}
                 finally:
                     await member.release()
-                row |= {"round_trip_ms": round(2 * seconds * 1000, 2), "megabytes_per_second": round(width / 1e6, 1)}
-                row["version"] = one.reply.version
+                row |= link | {"version": one.reply.version}
             rows.append(row)
         return rows
 

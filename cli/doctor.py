@@ -116,6 +116,7 @@ async def _network(home: "Home", named: tuple[str, ...]) -> list[dict[str, Any]]
 
 async def look_at_nodes(home: "Home", named: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of the nodes that announce themselves or are named: what they can be used for, their links, their clocks."""
+    from ..cluster.errors import ClusterError
     from ..cluster.member import Member
     from .ring import LOOK_SECONDS
 
@@ -129,6 +130,8 @@ async def look_at_nodes(home: "Home", named: Sequence[str]) -> list[dict[str, An
                 seconds, width = await member.measure_link()
                 found += f"; {2 * seconds * 1000:.1f} ms there and back, {width / 1e6:.0f} MB/s"
                 means = f"at most {1 / max(2 * seconds, 1e-6):.0f} tokens a second of one answer through this link"
+            except ClusterError as error:
+                found = str(error).removeprefix(one.name).strip()
             finally:
                 await member.release()
         rows.append(_row(f"node {one.name}", found, means, not one.problem))

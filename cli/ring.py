@@ -2,12 +2,13 @@
 
 import asyncio
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from ..cluster.costs import Links
 from ..cluster.device import Device, profile
-from ..cluster.errors import PlanImpossible
+from ..cluster.errors import ClusterError, PlanImpossible
 from ..cluster.formation import HEAD, Assignment, Placement
 from ..cluster.home import Home, Seen
 from ..cluster.member import Member
@@ -57,6 +58,7 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     """
     file = ModelFile(path)
     file.check_cut()
+    path = file.path
     home = make_home(config)
     wanted = config.settings.windows
     seen = find_nodes(home, config, types_of(file) if wanted is None else [])
@@ -69,6 +71,7 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     n_threads = options.n_threads or physical_cores()
     if named is None:
         devices, links = measure_machines(file, home, nodes, config)
+        nodes = [node for node in nodes if node.name in {device.name for device in devices}]
         costs = model_costs(file, n_context, options.cache_type or "f16", config.settings.row_type)
         wish = Wish.of(options.n_busy, config.settings.disk, config.settings.rounds)
         place = planned(costs, {device.name: device for device in devices}, links, wish)
@@ -102,14 +105,19 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
 
 
 def measure_machines(file: ModelFile, home: Home, nodes: list[Seen], config: Config) -> tuple[list[Device], Links]:
-    """This machine and the nodes as they were measured, the head first, and their links."""
+    """This machine and the nodes as they were measured, the head first, and their links; a node that could not be
+    measured is told and left out."""
     assert home.cache is not None
     n_threads = config.settings.threads or physical_cores()
     devices = [profile(home.cache, n_threads, types_of(file), HEAD_NAME)]
+    links = asyncio.run(measure_links(home, nodes, tell))
     for node in nodes:
-        assert node.reply is not None
-        devices.append(replace(Device.from_json(node.reply.device), name=node.name))
-    return devices, asyncio.run(measure_links(home, nodes))
+        if (HEAD_NAME, node.name) in links.pairs and node.reply is not None:
+            try:
+                devices.append(replace(Device.from_json(node.reply.device), name=node.name))
+            except ClusterError as error:
+                tell(f"{node.name}: {error}; going on without it")
+    return devices, links
 
 
 def measure_home(file: ModelFile, config: Config) -> tuple[list[Device], Links]:
@@ -118,15 +126,17 @@ def measure_home(file: ModelFile, config: Config) -> tuple[list[Device], Links]:
     return measure_machines(file, home, _usable(find_nodes(home, config, types_of(file))), config)
 
 
-async def measure_links(home: Home, nodes: list[Seen]) -> Links:
-    """The links between this machine and each node, one after the other. Between two nodes what they found when they
-    were last neighbours in a ring; until then the slower of theirs to this machine."""
+async def measure_links(home: Home, nodes: list[Seen], tell: Callable[[str], None]) -> Links:
+    """The links between this machine and each node that can be timed, one after the other. Between two nodes what they
+    found when they were last neighbours in a ring; until then the slower of theirs to this machine."""
     found: dict[str, tuple[float, float]] = {}
     for node in nodes:
         if node.address is not None:
             member = Member(node.address, home.gate)
             try:
                 found[node.name] = await member.measure_link()
+            except ClusterError as error:
+                tell(f"{error}; going on without it")
             finally:
                 await member.release()
     pairs = {(HEAD_NAME, name): link for name, link in found.items()}

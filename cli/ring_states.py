@@ -87,6 +87,7 @@ def watch(engine: Engine, config: Config) -> RingStates | None:
         home = make_home(config)
         seen = asyncio.run(home.survey(LOOK_SECONDS, config.settings.peers))
         named = {window.member for window in engine.placement.windows}
-        measured = asyncio.run(measure_links(home, [one for one in seen if one.name in named]))
-        links = {name: measured.of(HEAD_NAME, name)[0] for name in named if name != HEAD}
+        nodes = [one for one in seen if one.name in named]
+        measured = asyncio.run(measure_links(home, nodes, lambda text: None))
+        links = {name: link[0] for name in named if (link := measured.pairs.get((HEAD_NAME, name)))}
     return RingStates(engine, links)

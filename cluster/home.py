@@ -156,6 +156,7 @@ class Home:
                 return seen
             if STRANGER not in seen.problem:
                 problem = seen.problem
+                break  # whoever it is, it does not answer the next one either
         if host in LOOPBACK and await self._is_plain_there(Address(label, host, port)):
             problem = _PLAIN_THERE
         return Seen(label, label, None, problem)

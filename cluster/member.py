@@ -30,6 +30,7 @@ _OPEN_SECONDS = 2.0
 UNTRUSTED = "does not trust this machine any more; pair again with `localreason cluster pair`"
 STRANGER = "is another machine than the one that was paired; pair again with `localreason cluster pair`"
 _NO_TLS = "answers without encryption: it runs with --plaintext, or is no node"
+_ASLEEP = "did not answer in time; see whether it is awake"
 _UNREACHABLE = "cannot be reached or ended the connection; see whether `localreason node` runs there"
 
 
@@ -97,14 +98,15 @@ class Member:
 
     async def describe(self, types: list[str] | None = None) -> wire.DescribeReply:
         """Who the node is; its profile where weight types are given. Raises NodeLost, ProtocolError."""
+        started = time.monotonic()
         request = wire.DescribeRequest(protocol=PROTOCOL, types=types or [])
         try:
             reply = await self._stub().Describe(request, timeout=_PROFILE_SECONDS if types else _CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
-            why = reason(error)
-            # TLS 1.3 refuses a client after its handshake, which looks like an end of the connection.
+            why, seconds = reason(error), time.monotonic() - started
+            # TLS 1.3 refuses a client after its handshake, which looks like an end of the connection, and at once.
             if why == _UNREACHABLE and self.address.certificate and await self._is_listening():
-                why = UNTRUSTED
+                why = UNTRUSTED if seconds < _CALL_SECONDS else _ASLEEP
             raise NodeLost(f"{self.name} at {self.address.host}:{self.address.port} {why}") from error
         if reply.protocol != PROTOCOL:
             raise ProtocolError(
@@ -274,7 +276,7 @@ def reason(error: grpc.aio.AioRpcError) -> str:
     """Why a call failed, for a person."""
     code, details = error.code(), (error.details() or "").lower()
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return "did not answer in time; see whether it is awake"
+        return _ASLEEP
     if "certificate_verify_failed" in details:
         return STRANGER
     if "wrong_version_number" in details:

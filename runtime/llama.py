@@ -223,8 +223,8 @@ def load(path: Path, options: EngineOptions | None = None) -> tuple[LlamaEngine,
 
 
 def load_tokenizer(path: Path) -> LlamaTokenizer:
-    """The vocabulary of a file without its weights. Raises ModelError."""
-    model = Model(Path(path), vocab_only=True)
+    """The vocabulary of a file, or of the model of which it is a part, without its weights. Raises ModelError."""
+    model = Model(Path(read_local(Path(path))[0].name), vocab_only=True)
     try:
         return LlamaTokenizer(model)
     except BaseException:

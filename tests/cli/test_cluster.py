@@ -6,6 +6,8 @@ import json
 import re
 import socket
 import subprocess
+import time
+from dataclasses import replace
 from subprocess import PIPE
 
 import pytest
@@ -13,13 +15,14 @@ import pytest
 from localreason.cli.config import load
 from localreason.cli.doctor import clock_row, look_at_nodes
 from localreason.cli.planning import read_devices
-from localreason.cli.ring import find_nodes
+from localreason.cli.ring import find_nodes, measure_machines
 from localreason.cluster.device import Device
 from localreason.cluster.formation import HEAD, Assignment, Placement
 from localreason.cluster.home import Home
 from localreason.cluster.identity import Identity, Peers
 from localreason.cluster.ring import RingEngine, RingOptions
 from localreason.cluster.store import Store
+from localreason.cluster.wire.ring_pb2 import DescribeReply
 from localreason.quant.gguf import ModelFile
 from localreason.runtime.errors import InputError
 from tests.cluster.processes import RUN, Head, NodeProcess
@@ -306,6 +309,34 @@ def test_a_node_that_stays_busy_is_told_and_left_out(tmp_path, capsys):
         seen = find_nodes(Home(tmp_path / "desk"), config, [], free_seconds=0.1)
     assert [one.is_busy for one in seen] == [True]
     assert "attic is busy with desk; going on without it" in capsys.readouterr().err
+
+
+def test_nodes_that_cannot_be_measured_are_named_and_left_out(tmp_path, capsys):
+    laptop = Head(tmp_path)
+    model = write_model(tmp_path / "tiny.gguf", n_layers=4)
+    home = Home(laptop.folder, tmp_path / "laptop-cache")
+    with NodeProcess(tmp_path, "attic", laptop) as attic, NodeProcess(tmp_path, "gone", laptop) as gone:
+        named = [f"127.0.0.1:{node.port}" for node in (attic, gone)]
+        seen = asyncio.run(home.survey(0, named, ["F32"]))
+        gone.kill()
+        strange = replace(seen[0], name="strange", reply=DescribeReply(device='{"name": "x"}'))
+        devices, links = measure_machines(ModelFile(model), home, [*seen, strange], load({"threads": 1}))
+    assert [device.name for device in devices] == ["head", "attic"]
+    assert ("head", "gone") not in links.pairs
+    said = capsys.readouterr().err
+    assert re.search(r"gone \S.*; going on without it", said)
+    assert "strange: a device came with missing or unknown fields" in said
+
+
+def test_a_silent_machine_is_not_asked_once_for_each_pairing_nor_called_distrustful(tmp_path):
+    laptop = Head(tmp_path)
+    for name in ("attic", "desk", "phone"):
+        Peers(laptop.folder).add(Identity.load(tmp_path / name, name).certificate)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        [seen] = asyncio.run(Home(laptop.folder).survey(0, [f"127.0.0.1:{silent.getsockname()[1]}"]))
+    assert "did not answer in time" in seen.problem
+    assert time.monotonic() - started < 12
 
 
 @pytest.mark.parametrize("flag", [["--peer", "x"], ["--windows", "a=1,head=1"], ["--rounds", "2"], ["--disk"]])
