@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .errors import EngineError, LocalReasonError, ModelBroken, ModelUnsupported, OutOfMemory
 from .header import check_header, read_header
+from .runs import check_runs, is_recursive
 
 CACHE_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
 """Names of key-value cache types and their ggml numbers."""
@@ -218,6 +219,7 @@ class Model:
         if kind == _NO_VOCABULARY and not is_window:
             raise ModelUnsupported(f"{self.path} has no vocabulary; take a file that is a whole model")
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
+        self._is_recursive = is_recursive(self.metadata())
         if kind == _SENTENCEPIECE:
             texts = {lib.llama_vocab_get_text(self._vocab, token) for token in range(self.n_vocab)}
             # A byte that is no token, as <0xXX> or as itself, is an exception that nothing catches.
@@ -282,8 +284,10 @@ class Model:
         return found
 
     def tokenize(self, data: bytes, parse_special: bool) -> list[int]:
-        """Token ids of valid UTF-8, without BOS or EOS."""
+        """Token ids of valid UTF-8, without BOS or EOS. Raises PromptError for what llama.cpp would not survive."""
         assert self.pointer
+        if self._is_recursive:
+            check_runs(data.decode())
         size = len(data) + 8
         for _ in range(2):
             ids = (ctypes.c_int32 * size)()
