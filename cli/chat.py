@@ -83,15 +83,21 @@ def chat(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path.parent} cannot be made: {error.strerror}; give another --history") from error
-    backend = ChatBackend(settings, recipe, build.wiring(context))
+    backend, is_opening = ChatBackend(settings, recipe, build.wiring(context)), False
     try:
         with History(path) as kept:
             first = settings.settings.model or _last_model(kept, settings.store)
             app = ChatApp(backend, kept, recipe, settings.settings.preset, first, light)
             app.dialogue.controls = settings.settings.controls
             app.run()
+            is_opening = app.chat.is_opening
     finally:
-        backend.close()
+        if not is_opening:
+            backend.close()
+    if is_opening:
+        # A download or llama.cpp goes on in a thread, and Python would wait for what they end with.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _default_history() -> Path:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from ..runtime.errors import InputError
+from ..runtime.paths import expanded
 
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -75,7 +76,7 @@ class Config:
     def store(self) -> Path:
         """The folder of pulled models."""
         if self.settings.store:
-            return Path(self.settings.store).expanduser()
+            return expanded(self.settings.store)
         from platformdirs import user_data_path
 
         return user_data_path("localreason", appauthor=False) / "models"
@@ -101,7 +102,7 @@ def path() -> Path:
     """The TOML file: `LOCALREASON_CONFIG`, or config.toml in the user's configuration folder."""
     named = os.environ.get("LOCALREASON_CONFIG")
     if named:
-        return Path(named).expanduser()
+        return expanded(named)
     from platformdirs import user_config_path
 
     return user_config_path("localreason", appauthor=False) / "config.toml"

@@ -17,6 +17,7 @@ from ..cluster.ring import Placer, RingEngine, RingOptions
 from ..quant.gguf import ModelFile
 from ..runtime.llama import EngineOptions, load_tokenizer, physical_cores
 from ..runtime.model import Model
+from ..runtime.paths import expanded
 from .config import Config
 
 LOOK_SECONDS = 2.0
@@ -28,8 +29,8 @@ _N_CONTEXT = 4096
 def make_home(config: Config) -> Home:
     """This machine in the home, as the settings say."""
     chosen = config.settings
-    folder = Path(chosen.cluster_folder).expanduser() if chosen.cluster_folder else None
-    cache = Path(chosen.cluster_cache).expanduser() if chosen.cluster_cache else None
+    folder = expanded(chosen.cluster_folder) if chosen.cluster_folder else None
+    cache = expanded(chosen.cluster_cache) if chosen.cluster_cache else None
     return Home(folder, cache, chosen.plaintext)
 
 

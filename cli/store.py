@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import ModelBroken, ModelNotFound, OutputError
+from ..runtime.paths import expanded
 from .checksum import digest_file
 from .hub import Hub, RemoteFile
 
@@ -98,7 +99,7 @@ def find(reference: str, store: Path) -> Path | None:
     """
     if reference == DEMO:
         return demo()
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     if path.is_file():
         return path
     for stored in list_stored(store) if store.is_dir() else []:

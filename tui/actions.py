@@ -116,11 +116,11 @@ class Chat(Menus):
     def _chosen(self) -> Turn | None:
         return self.focused if isinstance(self.focused, Turn) else None
 
-    async def action_again(self) -> None:
-        await self._reply_again(self.transcript.last_reply)
+    def action_again(self) -> None:
+        self.call_later(self._reply_again, self.transcript.last_reply)
 
-    async def action_regenerate(self) -> None:
-        await self._reply_again(self._chosen)
+    def action_regenerate(self) -> None:
+        self.call_later(self._reply_again, self._chosen)
         self.composer.focus()
 
     async def _reply_again(self, turn: Turn | None) -> None:
@@ -148,9 +148,11 @@ class Chat(Menus):
         self.instruments.show_state("ready")
         self.refresh_bindings()
 
-    async def action_version(self, step: int) -> None:
-        turn = self._chosen
-        if turn is not None and self.dialogue.run is None:
+    def action_version(self, step: int) -> None:
+        self.call_later(self._step_version, self._chosen, step)
+
+    async def _step_version(self, turn: Turn | None, step: int) -> None:
+        if turn in self.transcript.turns and self.dialogue.run is None:
             with self.told():
                 at = self.transcript.turns.index(turn)
                 if self.dialogue.step_version(turn.message, step):

@@ -1,11 +1,15 @@
 """What is chosen from lists: conversations, models, presets and controls, files."""
 
+import contextlib
+import threading
 from pathlib import Path
 
-from textual import on, work
+from textual import on
+from textual.message import Message
 
 from ..runtime.controls import combine
 from ..runtime.errors import InputError, LocalReasonError, OutputError
+from ..runtime.paths import expanded
 from . import export
 from .messages import ModelOpened, OpenFailed, OpenProgress, Streamed
 from .screen import ChatScreen
@@ -30,13 +34,21 @@ class Menus(ChatScreen):
         await self.show_conversation()
         self.composer.focus()
 
-    async def action_new(self) -> None:
+    # What lays the conversation out anew runs in the screen's own task, as what comes from the decode does: half of it
+    # in the task of a key would meet turns that are there no more.
+    def action_new(self) -> None:
+        self.call_later(self._begin)
+
+    def action_neighbour(self, step: int) -> None:
+        self.call_later(self._go_to_neighbour, step)
+
+    async def _begin(self) -> None:
         self.dialogue.begin()
         self.edited = None
         await self.show_conversation()
         self.composer.focus()
 
-    async def action_neighbour(self, step: int) -> None:
+    async def _go_to_neighbour(self, step: int) -> None:
         with self.told():
             found = self.dialogue.neighbour(step)
             if found is not None:
@@ -48,7 +60,7 @@ class Menus(ChatScreen):
         current = self.dialogue.conversation.id if self.dialogue.conversation is not None else None
         with self.told():
             listed = Conversations(self.dialogue.history, current, self.export, self._protected)
-            self.app.push_screen(listed, lambda chosen: self._take_conversation(chosen, listed))
+            self.app.push_screen(listed, lambda chosen: self.call_later(self._take_conversation, chosen, listed))
 
     def _protected(self) -> int | None:
         """The conversation that a reply is being written for."""
@@ -59,9 +71,11 @@ class Menus(ChatScreen):
         if chosen is not None:
             await self._open_conversation(int(chosen))
         elif current is not None and current.id in listed.deleted:
-            await self.action_new()
+            await self._begin()
         elif current is not None and self.dialogue.run is None:
-            await self._open_conversation(current.id)  # it may have another title
+            with self.told():  # it may have another title; a message that is being edited stays so
+                self.dialogue.open(current.id)
+            await self.show_conversation()
 
     def action_export(self) -> None:
         if self.dialogue.conversation is not None:
@@ -75,7 +89,7 @@ class Menus(ChatScreen):
         def write(name: str | None) -> None:
             if name and name.strip():
                 with self.told():
-                    path = Path(name.strip()).expanduser()
+                    path = expanded(name.strip())
                     conversation = self.dialogue.history.load(id)
                     text = export.to_json(conversation) if kind == "json" else export.to_markdown(conversation)
                     _write_new(path, text)
@@ -112,19 +126,25 @@ class Menus(ChatScreen):
             self.dialogue.run.reply.stop()
         self.dialogue.streamer = None
         self.query_one(Opening).show(f"opening {name}", 0, 0)
-        self._open(name)
+        # Not a worker: leaving the chat would wait for it, be it a download of an hour.
+        threading.Thread(target=self._open, args=[name], name="opening", daemon=True).start()
 
-    @work(thread=True)
     def _open(self, name: str) -> None:
+        def post(message: Message) -> None:
+            with contextlib.suppress(RuntimeError):  # the chat is over
+                self.post_message(message)
+
         def progress(text: str, n_done: int, n_total: int) -> None:
-            self.post_message(OpenProgress(text, n_done, n_total))
+            post(OpenProgress(text, n_done, n_total))
 
         try:
-            opened = self.backend.open(name, lambda event: self.post_message(Streamed(event)), progress)
+            opened = self.backend.open(name, lambda event: post(Streamed(event)), progress)
         except LocalReasonError as error:
-            self.post_message(OpenFailed(str(error)))
+            post(OpenFailed(str(error)))
+        except Exception as error:
+            post(OpenFailed(f"this is a bug: {type(error).__name__}: {error}"))
         else:
-            self.post_message(ModelOpened(opened))
+            post(ModelOpened(opened))
 
     @on(OpenProgress)
     def show_progress(self, event: OpenProgress) -> None:
@@ -185,7 +205,7 @@ class Menus(ChatScreen):
         def attach(name: str | None) -> None:
             if name and name.strip():
                 with self.told():
-                    path = Path(name.strip()).expanduser()
+                    path = expanded(name.strip())
                     text = _read(path)
                     self.composer.fold("file", path.name, f"\n{path.name}:\n```\n{text.rstrip()}\n```\n")
             self.composer.focus()

@@ -96,8 +96,8 @@ class ChatScreen(Screen[None]):
         run = dialogue.run if dialogue.is_run_in_sight else None
         conversation = dialogue.conversation
         n_samples = run.reply.recipe.n_samples if run is not None else 1
-        await self.transcript.show(conversation, run.message.id if run is not None else None, n_samples)
         self._turn = None
+        await self.transcript.show(conversation, run.message.id if run is not None else None, n_samples)
         if run is not None:
             self._turn = next((t for t in self.transcript.query(ReplyTurn) if t.message.id == run.message.id), None)
             await self._sync(run)

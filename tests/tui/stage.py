@@ -1,6 +1,7 @@
 """A chat without weights: real conversations, replies and controls, whose tokens the test itself writes."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +184,8 @@ class Stage:
         """Wait until every widget has taken what was sent to it, and what came of that."""
         for _ in range(3):
             await self.app.workers.wait_for_complete()
+            while any(thread.name == "opening" for thread in threading.enumerate()):
+                await asyncio.sleep(0.001)
             await self.pilot._wait_for_screen()
             await self.chat.show_now()
             self.app.screen._on_timer_update()

@@ -81,6 +81,8 @@ class Composer(TextArea):
             self.insert("\n")
 
     async def _on_paste(self, event: events.Paste) -> None:
+        # Many terminals send what the Enter key would send.
+        event.text = event.text.replace("\r\n", "\n").replace("\r", "\n")
         if _is_long(event.text):
             event.stop()
             event.prevent_default()

@@ -67,7 +67,7 @@ class Conversations(Chooser):
             self.notify("A reply is being written there; stop it first.", severity="warning")
         elif self._doomed != choice.id:
             self._doomed = choice.id
-            self.notify(f"F8 again deletes “{choice.title}” for good.", severity="warning")
+            self.notify(f"F8 again deletes “{choice.title}” for good.", severity="warning", markup=False)
         else:
             self._history.delete(int(choice.id))
             self.deleted.add(int(choice.id))
