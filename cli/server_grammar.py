@@ -1,13 +1,17 @@
 """JSON schemas as grammars that llama.cpp reads."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from .server_alike import n_alike
 from .server_field import Refused
 
 _MOST_PARTS, _MOST_DEPTH, _MOST_REPEATED, _MOST_BYTES = 512, 32, 500, 65536
 """Of a schema: types and alternatives in all, nesting, characters or items that are counted, bytes of its grammar."""
+_MOST_WAYS = 64
+_APART = "tell them apart by a property with a const of its own that comes first"
 _NOTES = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "format"}
     | {"$schema", "$id", "$comment", "$anchor", "$defs", "definitions", "strict"}
@@ -75,6 +79,11 @@ class _Rules:
         self._schema = schema
         self._references: dict[str, str] = {}
         self._n_parts = 0
+        self._n_ways = self._most_ways = 1
+        """Ways to read what is nested here, by alternatives that begin alike; and the most below a reference."""
+        self._open: dict[str, int] = {}
+        self._ways_in: dict[str, int] = {}
+        """Ways at the references that are being visited; how many times more there are within those that were."""
         self.rules: list[str] = []
 
     def visit(self, schema: Any, where: str, depth: int) -> str:
@@ -108,16 +117,41 @@ class _Rules:
         path = schema["$ref"]
         if not isinstance(path, str) or not (path == "#" or path.startswith("#/")):
             raise _refused(where, "refers to something outside itself", "use #/$defs/NAME")
-        if path not in self._references:
-            target = self._schema
-            for key in path.split("/")[1:]:
-                key = key.replace("~1", "/").replace("~0", "~")
-                if not isinstance(target, dict) or key not in target:
-                    raise _refused(where, f"refers to {path[:128]!r}, which is not there", "define it in $defs")
-                target = target[key]
+        if path in self._open:
+            if self._n_ways > self._open[path]:
+                raise _refused(where, "nests itself through alternatives that begin alike", _APART)
+        elif path in self._references:
+            with self._among(self._ways_in[path], where):
+                pass
+        else:
+            target = self._resolve(path)
+            if target is None:
+                raise _refused(where, f"refers to {path[:128]!r}, which is not there", "define it in $defs")
             self._references[path] = name = f"d{len(self._references)}"
+            self._open[path], most, self._most_ways = self._n_ways, self._most_ways, self._n_ways
             self.rules.append(f"{name} ::= {self.visit(target, path, depth + 1)}")
+            self._ways_in[path] = self._most_ways // self._open.pop(path)
+            self._most_ways = max(most, self._most_ways)
         return self._references[path]
+
+    def _resolve(self, path: str) -> Any:
+        target = self._schema
+        for key in path.split("/")[1:]:
+            key = key.replace("~1", "/").replace("~0", "~")
+            if not isinstance(target, dict) or key not in target:
+                return None
+            target = target[key]
+        return target
+
+    @contextlib.contextmanager
+    def _among(self, n: int, where: str) -> Iterator[None]:
+        """Visit what can be read in `n` ways that begin alike."""
+        self._n_ways *= n
+        self._most_ways = max(self._most_ways, self._n_ways)
+        if self._n_ways > _MOST_WAYS:
+            raise _refused(where, f"has more than {_MOST_WAYS} alternatives in one another that begin alike", _APART)
+        yield
+        self._n_ways //= n
 
     def _const(self, value: Any, where: str, depth: int) -> str:
         return self._enum([value], where, depth)
@@ -131,7 +165,8 @@ class _Rules:
     def _anyof(self, schemas: Any, where: str, depth: int) -> str:
         if not isinstance(schemas, list) or not schemas:
             raise _refused(where, "is not a list of schemas", "give at least one")
-        return self._choice([self.visit(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(schemas)])
+        with self._among(n_alike(schemas, self._resolve), where):
+            return self._choice([self.visit(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(schemas)])
 
     def _allof(self, schemas: Any, where: str, depth: int) -> str:
         if not isinstance(schemas, list) or len(schemas) != 1:

@@ -60,7 +60,11 @@ class Menus(ChatScreen):
         current = self.dialogue.conversation.id if self.dialogue.conversation is not None else None
         with self.told():
             listed = Conversations(self.dialogue.history, current, self.export, self._protected)
-            self.app.push_screen(listed, lambda chosen: self.call_later(self._take_conversation, chosen, listed))
+
+            def take(chosen: str | None) -> None:
+                self.call_later(self._take_conversation, chosen, listed)
+
+            self.app.push_screen(listed, take)
 
     def _protected(self) -> int | None:
         """The conversation that a reply is being written for."""

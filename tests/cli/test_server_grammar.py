@@ -1,6 +1,7 @@
 """JSON schemas as grammars: what they let through, what is refused by name, and that thinking stays free."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -314,3 +315,58 @@ def test_a_faulty_schema_is_told_and_a_completion_takes_none(running: Running):
         body = {"prompt": "x", "response_format": {"type": "json_object"}}
         response: httpx.Response = http.post("/v1/completions", json=body)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
+
+
+def operation(name: str, *before: str) -> dict[str, Any]:
+    """An expression of two others; `before` are its properties that come first."""
+    parts = {"left": {"$ref": "#/$defs/E"}, "right": {"$ref": "#/$defs/E"}}
+    properties = {"op": {"const": name}, **parts} if before else {**parts, "op": {"const": name}}
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def expressions(*before: str) -> dict[str, Any]:
+    names = ("add", "mul", "sub")
+    either = {"anyOf": [*({"$ref": f"#/$defs/{name}"} for name in names), {"type": "number"}]}
+    return {"$ref": "#/$defs/E", "$defs": {"E": either, **{name: operation(name, *before) for name in names}}}
+
+
+ARRAYS = {"type": "array", "items": {"$ref": "#"}, "minItems": 1}
+PAIRS = {"anyOf": [{"type": "array", "items": True}, {"type": "array", "items": {"type": "number"}}]}
+
+
+def nested(schema: dict[str, Any], depth: int) -> dict[str, Any]:
+    for _ in range(depth):
+        schema = {"anyOf": [{"type": "array", "items": schema}, {"type": "array", "items": schema, "minItems": 2}]}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "fault"),
+    [
+        (expressions(), "nests itself through alternatives that begin alike"),
+        ({"anyOf": [ARRAYS, {**ARRAYS, "maxItems": 400}]}, "nests itself through alternatives that begin alike"),
+        (nested({"type": "null"}, 7), "has more than 64 alternatives in one another"),
+        (
+            {"$defs": {"x": nested({"type": "null"}, 4)}, "anyOf": [nested({"$ref": "#/$defs/x"}, 3)]},
+            "has more than 64 alternatives in one another",
+        ),
+    ],
+)
+def test_alternatives_that_multiply_the_ways_to_read_a_text_are_refused(schema: dict[str, Any], fault: str):
+    with pytest.raises(Refused, match=fault):
+        schema_rules(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        (expressions("op"), '{"op":"add","left":' * 20),
+        (nested({"type": "null"}, 6), "[" * 6),
+        (PAIRS, "[[1,"),
+    ],
+)
+def test_alternatives_that_are_told_apart_in_time_are_read_fast(tokenizer: LlamaTokenizer, schema: Any, text: str):
+    grammar = tokenizer.grammar(schema_rules(schema))
+    started = time.monotonic()
+    assert all(grammar.take(token) for token in tokenizer.encode(text))
+    assert time.monotonic() - started < 5
