@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
 from itertools import accumulate
-from math import prod
+from math import comb, prod
 from typing import Any
 
 from .markup import find_boxed
@@ -52,6 +52,11 @@ _FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc)")
 """In products or inside each other, simplifying these takes minutes."""
 _DEEPEST = 8
 """Brackets inside each other; math-verify takes a tenth of a second to read each."""
+_MOST_TERMS = 250
+"""A product of five sums of six letters has 462 and takes seconds."""
+_BRACKETED = re.compile(r"[(\[{]([^()\[\]{}]*)[)\]}]")
+_SUM = re.compile(r"[a-zA-Z][^+-]*[+-]|[+-][^+-]*[a-zA-Z]")
+_LETTER, _COMMAND = re.compile(r"[a-zA-Z]"), re.compile(r"\\[a-zA-Z]+")
 
 
 def extract(text: str) -> str | None:
@@ -158,7 +163,14 @@ def _is_costly(text: str) -> bool:
         or any(int(power) > _MOST_EXPANDED for power in _EXPANDED.findall(text))
         or len(_FUNCTION.findall(text)) > _MOST_FUNCTIONS
         or _depth(text) > _DEEPEST
+        or _n_terms(text) > _MOST_TERMS
     )
+
+
+def _n_terms(text: str) -> int:
+    """Terms that a product of the sums in brackets may have: as many as there are ways to choose a letter from each."""
+    n_sums = sum(bool(_SUM.search(inner)) for inner in _BRACKETED.findall(text))
+    return comb(n_sums + len(set(_LETTER.findall(_COMMAND.sub("", text)))), n_sums)
 
 
 def _depth(text: str) -> int:
