@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,13 @@ from .server_schema import Limits, Wanted, parse_chat, parse_completion
 _N_DROPPED_BYTES = 1 << 20
 """Read beyond the limit and dropped: a client that is still writing when its connection is closed sees no reason."""
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class Json(JSONResponse):
+    """Escaped to ASCII: half a surrogate pair in a name that a client chose has no UTF-8."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +126,13 @@ class _Server:
         return parse_json(bytes(data))
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return Json({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name != self._runner.model.name:
             raise Refused(f"there is no model {name[:128]!r} here", status=404, code="model_not_found")
-        return JSONResponse(self._model())
+        return Json(self._model())
 
     def _model(self) -> dict[str, Any]:
         model = self._runner.model
@@ -143,17 +151,17 @@ class _Server:
             }
             for job in list(self._runner.jobs.values())
         ]
-        return JSONResponse({"object": "list", "data": rows})
+        return Json({"object": "list", "data": rows})
 
     async def answer_now(self, request: Request) -> Response:
         job = self._job(request)
         self._runner.hurry(job)
-        return JSONResponse({"id": job.id, "asked": "answer_now"})
+        return Json({"id": job.id, "asked": "answer_now"})
 
     async def cancel(self, request: Request) -> Response:
         job = self._job(request)
         self._runner.cancel(job)
-        return JSONResponse({"id": job.id, "asked": "cancel"})
+        return Json({"id": job.id, "asked": "cancel"})
 
     def _job(self, request: Request) -> Job:
         id = request.path_params["id"]
@@ -164,7 +172,7 @@ class _Server:
 
     async def health(self, request: Request) -> Response:
         problem = self._runner.problem
-        return JSONResponse({"status": "ok" if problem is None else "failing", "problem": problem})
+        return Json({"status": "ok" if problem is None else "failing", "problem": problem})
 
     async def metrics(self, request: Request) -> Response:
         return PlainTextResponse(render_metrics(self._runner), media_type="text/plain; version=0.0.4")
@@ -196,9 +204,9 @@ class _Answer(Response):
         while not reply.is_done:
             reply.add(await self._job.updates())
         if reply.problem is not None:
-            response = JSONResponse(error_body(reply.problem, "server_error"), 500)
+            response = Json(error_body(reply.problem, "server_error"), 500)
         else:
-            response = JSONResponse(reply.body())
+            response = Json(reply.body())
         async with asyncio.timeout(self._access.write_seconds):
             await response(scope, receive, send)
 
@@ -275,7 +283,7 @@ def _error(
     status: int, message: str, code: str | None = None, param: str | None = None, headers: Any = None
 ) -> Response:
     kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return JSONResponse(error_body(message, kind, param, code), status, headers)
+    return Json(error_body(message, kind, param, code), status, headers)
 
 
 async def _told(request: Request, error: LocalReasonError) -> Response:

@@ -11,6 +11,7 @@ from ..runtime.formats import find_format
 from ..runtime.grammar import Grammar
 from ..runtime.model import Model
 from ..runtime.recipe import Recipe
+from ..runtime.tokenizer import Tokenizer
 from .server_field import Refused
 
 
@@ -21,23 +22,27 @@ def constrain_all(requests: Sequence[Request], rules: str, recipe: Recipe, model
     opening = model.tokenizer.encode("".join(opens), special=True)
     for request in requests:
         try:
-            constrain(request, model.tokenizer.grammar(rules), opening)
+            constrain(request, model.tokenizer.grammar(rules), opening, model.tokenizer)
         except InputError as error:
             raise Refused(f"response_format: {error}", "response_format") from error
 
 
-def constrain(request: Request, grammar: Grammar, opening: Sequence[int]) -> None:
+def constrain(request: Request, grammar: Grammar, opening: Sequence[int], tokenizer: Tokenizer) -> None:
     """Let a request's sampling follow a grammar in the answer, and not in the thinking. `opening` are the tokens with
-    which the model itself may begin to think; a reply that begins with the first of them goes on with the others."""
+    which the model itself may begin to think; a reply that begins with the first of them goes on with the others. A
+    token that ends the thinking and begins the answer is cut behind the tag: the grammar sees whole tokens only."""
     draw, sequence = request.sample, request.sequence
     forced: deque[int] = deque()
 
     def sample(row: Row) -> int:
-        if sequence.is_thinking:
-            return draw(row)
         if forced:
             return forced.popleft()
         token = draw(row)
+        if sequence.is_thinking:
+            if rest := request.tracker.rest_of_tag(tokenizer.piece(token)):
+                token, *others = tokenizer.encode(rest, special=True)
+                forced.extend(others)
+            return token
         if opening and not sequence.n_blocks and not sequence.answer.strip() and token == opening[0]:
             forced.extend(opening[1:])
             return token

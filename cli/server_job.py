@@ -112,6 +112,8 @@ class _Sample:
         is_own = event.origin is Origin.SAMPLED and not event.is_continued
         chance = self.chances.popleft() if self.chances and is_own else None
         if event.phase is Phase.THINK:
+            if not self.n_fed:
+                self.waiting.clear()  # a tag that was sampled in several tokens is no part of the answer
             return [Update(index, "think", event.text)] if event.text else []
         text = event.text
         if self.is_trimmed and not self.n_fed:

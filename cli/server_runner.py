@@ -157,15 +157,19 @@ class Runner:
         with self._changed:
             for sequence in job.sequences:
                 sequence.cancel(reason)
-            for request in self._drop(job):
-                sequence = request.sequence
-                sequence.finish = reason
-                _, choice = self._owners[sequence.id]
-                self._end(job, choice.end(choice.samples[sequence.sample], reason), reason)
+            self._give_up(job)
 
-    def _drop(self, job: Job) -> list[Request]:
-        """Take a request's sequences out of the queue."""
-        mine = {id(sequence) for sequence in job.sequences}
+    def _give_up(self, job: Job) -> None:
+        """End what waits of a request and was cancelled: all of it, or samples of a search that is decided."""
+        for request in self._drop(job):
+            sequence = request.sequence
+            sequence.finish = reason = sequence.cancelled or "cancelled"
+            _, choice = self._owners[sequence.id]
+            self._end(job, choice.end(choice.samples[sequence.sample], reason), reason)
+
+    def _drop(self, job: Job, is_whole: bool = False) -> list[Request]:
+        """Take a request's sequences out of the queue, those that were cancelled or all."""
+        mine = {id(sequence) for sequence in job.sequences if is_whole or sequence.cancelled}
         dropped = [request for _, request in self._waiting if id(request.sequence) in mine]
         self._waiting = [item for item in self._waiting if id(item[1].sequence) not in mine]
         return dropped
@@ -244,6 +248,7 @@ class Runner:
                 self._running.discard(f"{sequence.id}/{sequence.sample}")
                 self.problem = None
                 self._end(job, updates, event.reason)
+                self._give_up(job)
             else:
                 self._post(job, updates)
 
@@ -270,7 +275,7 @@ class Runner:
         failed = {self._owners[name.rpartition("/")[0]][0] for name in self._running}
         self._running.clear()
         for job in failed:
-            self._drop(job)
+            self._drop(job, is_whole=True)
             for choice in job.choices:
                 self._n_held -= sum(sample.stop is None for sample in choice.samples)
                 self._owners.pop(f"{job.id}/{choice.index}", None)

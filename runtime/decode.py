@@ -84,7 +84,9 @@ class _Loop:
     def _take(self, n_room: int) -> Request | None:
         """The next request, once there is room for all that begin with it, or as much as there can be."""
         self._next = self._next or next(self.requests, None)
-        if self._next is None or (self._n_running and n_room < self._next.n_together):
+        if self._next is None:
+            return None
+        if self._n_running and n_room < self._next.n_together and not self._next.sequence.cancelled:
             return None
         request, self._next = self._next, None
         return request
@@ -92,15 +94,15 @@ class _Loop:
     def _start(self, row: Resident, is_new: bool) -> Iterator[Event]:
         sequence = row.sequence
         if is_new:
+            if sequence.cancelled:
+                yield from self._finish(row, sequence.cancelled)
+                return
             limit = self.engine.n_context_sequence
             if sequence.n_prompt >= limit:
                 raise PromptTooLong(
                     f"the prompt has {sequence.n_prompt} tokens and the context holds {limit} with the reply; "
                     f"shorten the prompt or give a larger context"
                 )
-            if sequence.cancelled:
-                yield from self._finish(row, sequence.cancelled)
-                return
             _follow_phase(sequence, row.request.tracker, [], Origin.FORCED)  # where the prompt leads
             for control in row.request.controls:
                 yield from self._act(row, control, control.begin(sequence))

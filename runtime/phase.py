@@ -36,6 +36,17 @@ class PhaseTracker:
         """The text that becomes visible with the token at `index`, with the phase of each part."""
         return self._read(self._decoder.feed(piece), index)
 
+    def rest_of_tag(self, piece: bytes) -> str:
+        """Where a piece would end the thinking and begin the answer at once: its text up to the end of the tag. Else
+        an empty text."""
+        if self.phase is Phase.THINK:
+            text = self._pending + piece.decode("utf-8", "replace")
+            for tag in self._format.closes:
+                end = text.find(tag) + len(tag)
+                if tag in text and text[end:].strip():
+                    return text[len(self._pending) : end]
+        return ""
+
     def flush(self) -> list[tuple[str, Phase]]:
         """What was held back, once the reply has ended."""
         parts = self._read(self._decoder.flush(), -1, is_final=True)

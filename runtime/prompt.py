@@ -3,7 +3,8 @@
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import groupby, pairwise
 from typing import Protocol
 
 from .errors import TemplateError
@@ -12,6 +13,8 @@ from .template import Message, Part, render
 from .tokenizer import Tokenizer
 
 _BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+_DEEPEST_BRANCH = 50
+"""Beginnings that are shared within each other, above which texts are tried one by one."""
 _SYSTEM = (
     "You are a careful problem solver. First think inside <think> and </think>: work step by step, check your result "
     "once, and correct it if it is wrong. Then answer in one or two sentences with the final answer in \\boxed{}."
@@ -116,6 +119,27 @@ class Prompter:
             return render(self._template, [first, *turns[2:]], self._template_tokens, is_thinking)
 
 
+@lru_cache(maxsize=8)
+def _finder(texts: frozenset[str]) -> re.Pattern[str] | None:
+    """Finds any of the texts, the longest of those that begin at a place."""
+    return re.compile(_either(sorted(texts))) if texts else None
+
+
+def _either(texts: list[str], depth: int = 0) -> str:
+    """A pattern of any of the texts that looks at one branch only: Gemma has 6000 that begin with `<`, and a message
+    full of these would be tried with each."""
+    if depth > _DEEPEST_BRANCH or len(texts) < 2:
+        return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+    branches = []
+    for first, group in groupby(texts, lambda text: text[:1]):
+        rests = list(group)
+        if first:
+            pairs = zip(rests[0], rests[-1], strict=False)  # they are sorted: all share what these two do
+            shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(rests[0]), len(rests[-1])))
+            branches.append(f"{re.escape(rests[0][:shared])}(?:{_either([r[shared:] for r in rests], depth + 1)})")
+    return "|".join(branches) + ("|" if "" in texts else "")
+
+
 def encode(parts: list[Part], tokenizer: _Vocabulary, format: ThinkingFormat) -> list[int]:
     """Token ids of a rendered prompt, BOS in front where the model wants one and the template wrote none.
 
@@ -123,8 +147,7 @@ def encode(parts: list[Part], tokenizer: _Vocabulary, format: ThinkingFormat) ->
     message is tokenised as plain text, and special text in it is cut in two, since user-defined tokens such as
     `<think>` are recognised even in plain text.
     """
-    special = sorted({*tokenizer.control_texts, *format.opens, *format.closes} - {""}, key=len, reverse=True)
-    found = re.compile("|".join(map(re.escape, special))) if special else None
+    found = _finder(frozenset({*tokenizer.control_texts, *format.opens, *format.closes} - {""}))
     if found is None or not any(found.search(part.text) for part in parts if not part.is_trusted):
         ids = tokenizer.encode("".join(part.text for part in parts), special=True)
     else:

@@ -331,6 +331,28 @@ def test_a_request_of_many_replies_lets_others_in_between(gate: Gate):
     assert sorted((first, many, one, other), key=lambda job: job.ended or 0) == [first, one, other, many]
 
 
+def test_a_vote_that_is_decided_does_not_wait_for_the_turns_of_the_other_samples(gate: Gate):
+    async def run() -> tuple[Job, list[Job]]:
+        with scripted_model(gate) as model:
+            runner = Runner(model, n_parallel=1, n_queue=64)
+            runner.start()
+            search = {"localreason": {"search": {"rule": "majority", "n": 9}}}
+            said = [{"role": "user", "content": "\\boxed{7}"}]  # which the model repeats
+            vote = await runner.submit(parse_chat({"messages": said, **search}, LIMITS))
+            others = [await runner.submit(parse_chat({"messages": ASKED}, LIMITS)) for _ in range(12)]
+            gate.open()
+            for job in (vote, *others):
+                while not job.is_done:
+                    await asyncio.wait_for(job.updates(), DEADLINE_SECONDS)
+            assert runner._n_held == 0
+            runner.stop()
+            return vote, others
+
+    gate.shut()
+    vote, others = asyncio.run(run())
+    assert sum(job.ended < vote.ended for job in others) <= 9, "those after the fifth sample come behind it"
+
+
 @pytest.mark.parametrize(("rule", "is_race"), [("first", True), ("short", True), ("majority", False)])
 def test_samples_that_race_stay_together_in_the_queue(gate: Gate, rule: str, is_race: bool):
     search = {"localreason": {"search": {"rule": rule, "n": 3, "m": 2}}}

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -25,6 +25,7 @@ from localreason.runtime.llama import EngineOptions, LlamaTokenizer, load_tokeni
 from localreason.runtime.model import Model, Recipe
 from localreason.runtime.phase import PhaseTracker
 from localreason.runtime.sequence import Phase, Sequence
+from localreason.runtime.tokenizer import Tokenizer
 from tests.cli.serving import Running, serving
 from tests.gguf_models import write_model
 
@@ -222,7 +223,7 @@ def constrained(tokenizer: LlamaTokenizer, schema: Any, opening: list[int]) -> R
     sequence = Sequence([1])
     sequence.phase = Phase.ANSWER
     request = Request(sequence, PhaseTracker(FORMATS["think"]), lambda row: int(row.argmax()))
-    constrain(request, tokenizer.grammar(schema_rules(schema)), opening)
+    constrain(request, tokenizer.grammar(schema_rules(schema)), opening, tokenizer)
     return request
 
 
@@ -234,6 +235,28 @@ def test_thinking_is_free_and_the_answer_is_not(tokenizer: LlamaTokenizer):
     request.sequence.phase = Phase.ANSWER
     assert request.sample(row_of(tokenizer, x, quote)) == quote
     assert request.sample(row_of(tokenizer, END, x)) == tokenizer.encode("a")[0]
+
+
+class Merged:
+    """A vocabulary that has a token for `nk>{` in the place of `x`."""
+
+    def __init__(self, tokenizer: LlamaTokenizer) -> None:
+        self.encode, self._piece, self.token = tokenizer.encode, tokenizer.piece, tokenizer.encode("x")[0]
+
+    def piece(self, token: int) -> bytes:
+        return b"nk>{" if token == self.token else self._piece(token)
+
+
+def test_a_token_that_ends_the_thinking_and_begins_the_answer_is_cut(tokenizer: LlamaTokenizer):
+    merged = Merged(tokenizer)
+    request = Request(Sequence([1]), PhaseTracker(FORMATS["think"], "<think>\n"), lambda row: int(row.argmax()))
+    request.sequence.phase = Phase.THINK
+    grammar = tokenizer.grammar(schema_rules({"enum": ["a"]}))
+    constrain(request, grammar, [], cast(Tokenizer, merged))
+    row = row_of(tokenizer, merged.token)
+    assert request.sample(row) == merged.token, "no tag yet"
+    request.tracker.feed(b"so a.</thi", 0)
+    assert [request.sample(row) for _ in "nk>"] == tokenizer.encode("nk>")
 
 
 def test_a_model_may_open_its_thinking_itself(tokenizer: LlamaTokenizer):

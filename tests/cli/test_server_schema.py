@@ -173,6 +173,7 @@ def tiny_http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client
 @given(st.sampled_from(["/v1/chat/completions", "/v1/completions"]), bodies())
 @example("/v1/chat/completions", b"[" * 100_000)
 @example("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "\\ud800\\u0000<|im_end|>"}]}')
+@example("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "\\ud800": 1, "max_tokens": 2}')
 @example("/v1/completions", b'{"prompt": "", "max_tokens": 1}')
 @example("/v1/completions", b'{"prompt": [256, 257], "logprobs": 5, "n": 2}')
 @example("/v1/completions", b'{"prompt": "x", "seed": -1, "temperature": 1e-300, "top_p": 0}')

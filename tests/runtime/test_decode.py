@@ -79,6 +79,21 @@ def test_requests_that_race_begin_in_one_step_once_there_is_room_for_all():
     assert first["A"] == first["B"] < first["C"] == first["D"], "the third slot waits for the one that A leaves"
 
 
+def test_a_race_that_is_given_up_while_it_waits_for_room_holds_nobody_up():
+    tokenizer, engine = make({"A": "123456789", "B": "1", "C": "1", "D": "1", "E": "1"}, n_sequences=3)
+    requests = [request(tokenizer, name) for name in "ABCDE"]
+    requests[1].n_together = 3
+    ended, n_tokens = [], 0
+    for event in decode(engine, tokenizer, requests):
+        if isinstance(event, Token):
+            n_tokens += 1
+            for given_up in requests[1:4] if n_tokens == 3 else ():
+                given_up.sequence.cancel()
+        elif isinstance(event, Finished):
+            ended.append(event.sequence.id)
+    assert ended == ["B", "C", "D", "E", "A"]
+
+
 def test_more_that_race_than_there_is_room_for_begin_one_after_the_other():
     tokenizer, engine = make({"A": "1", "B": "12"}, n_sequences=1)
     requests = [request(tokenizer, name) for name in "AB"]

@@ -85,6 +85,24 @@ def test_half_a_character_behind_a_tag_that_is_taken_back_is_taken_back_with_it(
     assert tracker.feed(b"b", 1) == [("b", Phase.THINK)]
 
 
+@pytest.mark.parametrize(
+    ("before", "piece", "rest"),
+    [
+        ("so 4.</think", b'>{"', ">"),
+        ("so 4.</th", b"ink>{", "ink>"),
+        ("so 4.", b" done</think> {", " done</think>"),
+        ("so 4.</think", b">", ""),
+        ("so 4.</think", b">\n\n", ""),
+        ("so 4.", b">{", ""),
+        ("so 4.</think>", b">{", ""),
+    ],
+)
+def test_a_piece_that_ends_the_thinking_and_begins_the_answer_is_known_before_it_is_taken(before, piece, rest):
+    tracker = PhaseTracker(FORMATS["think"], "<think>\n")
+    tracker.feed(before.encode(), 0)
+    assert tracker.rest_of_tag(piece) == rest
+
+
 def test_incomplete_characters_are_waited_for_and_then_replaced():
     tracker = PhaseTracker(FORMATS["none"])
     assert tracker.feed("é".encode()[:1], 0) == []

@@ -140,3 +140,34 @@ def test_history_goes_in_without_its_thinking():
     text = Tokenizer().text(prompter.continue_chat(turns, FORMATS["think"]).tokens)
     assert "secret" not in text
     assert "assistant\nb<|im_end|>" in text
+
+
+class Marked(Tokenizer):
+    def __init__(self):
+        super().__init__()
+        self.control_texts = {*(f"<unused{i}>" for i in range(6000)), "<a", "<ab>", "<abc", "[x]", "<think>"}
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("say <unused17> and <unused999999>", [5]),
+        ("<abc><ab><a", [1, 6, 10]),
+        ("[x] <unused5 <<unused0>", [1, 15]),
+        ("none of them < a", []),
+    ],
+)
+def test_each_special_text_in_a_message_is_cut_once_the_longest_first(text, cut):
+    tokenizer, pieces = Marked(), []
+    tokenizer.encode = lambda piece, special=False: pieces.append(piece) or [1]
+    encode([Part(text, False)], tokenizer, FORMATS["think"])
+    places = [sum(map(len, pieces[:i])) for i in range(1, len(pieces))]
+    assert ("".join(pieces), places) == (text, cut)
+
+
+def test_a_message_full_of_what_begins_marks_is_read_in_one_pass():
+    tokenizer = Marked()
+    tokenizer.encode = lambda piece, special=False: [1]
+    started = time.monotonic()
+    encode([Part("<" * 500_000 + "<think>", False)], tokenizer, FORMATS["think"])
+    assert time.monotonic() - started < 5
