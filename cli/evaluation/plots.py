@@ -13,7 +13,7 @@ from .statistics import at_budgets, pareto
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SIZE_INCHES = (7.2, 4.4)
+_SIZE_INCHES = (8.6, 4.4)
 _N_BINS = 24
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^"
@@ -97,7 +97,7 @@ def draw(name: str, runs: Sequence[Run], kind: str) -> bytes:
         paint(axes, runs)
         axes.set_title(title)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))  # over no interval
         return encode(painted, kind)
 
 
