@@ -123,8 +123,8 @@ def test_another_model_is_opened_and_a_missing_one_told_of(tmp_path):
         await stage.press("f2")
         await stage.type("1.7b")
         await stage.press("enter")
-        await stage.until(lambda: stage.backend.opened == ["scripted", "qwen3-1.7b"])
-        assert stage.history.load(stage.dialogue.conversation.id).model == "qwen3-1.7b"
+        await stage.until(lambda: stage.history.load(stage.dialogue.conversation.id).model == "qwen3-1.7b")
+        assert stage.backend.opened == ["scripted", "qwen3-1.7b"]
         await stage.press("f2")
         await stage.type("missing")
         await stage.press("enter")
