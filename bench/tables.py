@@ -159,6 +159,10 @@ def serve_rows(record):
 
 def speed_lines(record, name):
     command = f"localreason bench -m {record['model']} --tokens {record['n_tokens']} --runs {record['n_runs']}"
+    if "ring" in record:
+        lengths = ",".join(str(row["tokens"]) for row in record["ring_prefill"])
+        batches = ",".join(str(row["sequences"]) for row in record["ring"])
+        command += f" --threads {record['threads']} --lengths {lengths} --batches {batches} --cluster"
     yield from (f"## Speed: {record['model']}", "", f"`{command} -o {name}.json`", "")
     for line in as_markdown(record).splitlines()[2:]:
         yield f"#{line}" if line.startswith("#") else line
