@@ -80,8 +80,8 @@ class Member:
         self._heard = 0.0
         self.n_sent_bytes = 0
         self.busy_seconds = 0.0
-        self.lost: str = ""
-        """Why the node is no longer there."""
+        self._is_over = False
+        """True where the node is lost or was released."""
         self.error: ClusterError | None = None
         self.ended = asyncio.Event()
         """Set when the node is lost, with `error`."""
@@ -249,9 +249,9 @@ class Member:
         self._lose(f"sent no sign of life for {SILENCE_SECONDS} s")
 
     def _lose(self, why: str, told: wire.Failure | None = None) -> None:
-        if self.lost:
+        if self._is_over:
             return
-        self.lost = why
+        self._is_over = True
         told = told or wire.Failure(text=why)
         self.error = (NodeBusy if told.is_busy else NodeLost)(f"{self.name}: {told.text[:1000]}")
         self.ended.set()
@@ -260,7 +260,7 @@ class Member:
 
     async def release(self) -> None:
         """End the session, if there is one, and leave the node idle."""
-        self.lost = self.lost or "released"
+        self._is_over = True
         if self._call is not None:
             self._call.cancel()
         for task in self._tasks:

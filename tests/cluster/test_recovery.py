@@ -18,31 +18,9 @@ from localreason.cluster.wire import ring_pb2 as wire
 from localreason.runtime.engine import Span
 from localreason.runtime.errors import DecodeFailed
 from localreason.runtime.llama import EngineOptions, load
-from tests.cluster.processes import Head, NodeProcess
-from tests.cluster.test_ring import N_LAYERS, ring_of, tokens_of, whole
+from tests.cluster.processes import NodeProcess
+from tests.cluster.test_ring import ring_of, tokens_of, whole
 from tests.cluster.test_window import PROMPT, script
-from tests.gguf_models import write_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return write_model(folder / "whole.gguf", "qwen2", 3, N_LAYERS)
-
-
-@pytest.fixture(scope="module")
-def head(folder):
-    return Head(folder)
-
-
-@pytest.fixture
-def spare(folder, head):
-    with NodeProcess(folder, "old", head) as old, NodeProcess(folder, "older", head) as older:
-        yield [old, older]
 
 
 @pytest.fixture(scope="module")

@@ -33,39 +33,16 @@ from localreason.runtime.formats import FORMATS
 from localreason.runtime.llama import EngineOptions, load
 from localreason.runtime.phase import PhaseTracker
 from localreason.runtime.sequence import Sequence
+from tests.cluster.conftest import N_LAYERS
 from tests.cluster.processes import Head, NodeProcess, Relay
 from tests.cluster.test_window import PROMPT, script
 from tests.gguf_models import write_model
-
-N_LAYERS = 7
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return write_model(folder / "whole.gguf", "qwen2", 3, N_LAYERS)
-
-
-@pytest.fixture(scope="module")
-def head(folder):
-    return Head(folder)
 
 
 @pytest.fixture(scope="module")
 def nodes(folder, head):
     with NodeProcess(folder, "attic", head) as attic, NodeProcess(folder, "phone", head) as phone:
         yield [attic, phone]
-
-
-@pytest.fixture
-def spare(folder, head):
-    """Two nodes that may be harmed."""
-    with NodeProcess(folder, "old", head) as old, NodeProcess(folder, "older", head) as older:
-        yield [old, older]
 
 
 def evenly(names):
