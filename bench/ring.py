@@ -3,8 +3,9 @@
     python bench/ring.py MODEL.gguf --split 16,12 [--repeats 5] [--tokens 64] [--only decode,prefill]
 
 `--split` are the layers of the node and of the head, balanced for throughput: the output matrix counts too. The cases
-of a comparison take turns `--repeats` times; medians are given, and ratios within this run, for the machine is shared.
-The last line is JSON.
+of a comparison take turns `--repeats` times, forth and back; ratios are of one turn, and their medians and quartiles
+are given, for the machine is shared. Two independent processes take their turns too: what they gain over one is what
+this machine allows a ring of two. The last line is JSON.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import multiprocessing
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,10 +25,9 @@ from pathlib import Path
 
 import numpy as np
 from record import describe_run
-from ring_tools import awake_cores, hold_back
+from ring_tools import Turns, awake_cores, hold_back
 
 from localreason.cli.benchmark.loops import Endless, run_batch
-from localreason.cli.benchmark.measure import take_turns
 from localreason.cluster.formation import HEAD, Assignment, Placement
 from localreason.cluster.gate import TlsGate
 from localreason.cluster.identity import Identity, Peers
@@ -99,10 +98,6 @@ class Home:
             process.kill()
 
 
-def medians(found):
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
 class Bench:
     def __init__(self, options):
         self.options = options
@@ -129,92 +124,96 @@ class Bench:
         """A case: tokens a second of all sequences together."""
         return lambda: run_batch(engine, self.tokenizer, self.short, n_sequences, self.options.tokens).tokens_per_second
 
-    def prompt_seconds(self, engine):
-        return run_batch(engine, self.tokenizer, self.long, 1, 1).first_seconds
+    def prompt_speed(self, engine):
+        """Tokens a second of a prompt."""
+        return len(self.long) / run_batch(engine, self.tokenizer, self.long, 1, 1).first_seconds
 
     def in_turns(self, openings, sequences):
-        """The median speed of each ring with each number of sequences in flight. A node serves one ring at a time, so
-        they are opened and closed in turns."""
-        found = {}
-        for _ in range(self.options.repeats):
-            for name, opening in openings.items():
-                with opening() as ring:
-                    self.speed(ring, 1)()  # a warm-up
-                    for n in sequences:
-                        found.setdefault(f"{name}, {n}", []).append(self.speed(ring, n)())
-        return {"tokens_per_second": medians(found)}
+        """The speed of each ring with each number of sequences in flight, and to the first with one. A node serves one
+        ring at a time, so they are opened and closed in turns."""
+
+        def speeds(opening):
+            with opening() as ring:
+                self.speed(ring, 1)()  # a warm-up
+                return [self.speed(ring, n)() for n in sequences]
+
+        turns = Turns(
+            {name: lambda opening=opening: speeds(opening) for name, opening in openings.items()},
+            self.options.repeats,
+            sequences,
+        )
+        names = list(turns.medians())
+        return {"tokens_per_second": turns.medians(), "ratios": turns.ratios([(name, names[0]) for name in names[1:]])}
 
     def decode(self, home):
-        with contextlib.closing(self.whole()) as whole, home.ring(self.balanced(), n_threads=1) as ring:
-            cases = {
-                f"{name}, {n}": self.speed(engine, n)
-                for name, engine in (("whole", whole), ("ring", ring))
-                for n in (1, 2, 4)
-            }
-            found = medians(take_turns(cases, self.options.repeats))
-        return {
-            "tokens_per_second": found,
-            "ring_1_to_whole_1": found["ring, 1"] / found["whole, 1"],
-            "ring_2_to_ring_1": found["ring, 2"] / found["ring, 1"],
-            "ring_4_to_ring_1": found["ring, 4"] / found["ring, 1"],
-            "ring_4_to_whole_4": found["ring, 4"] / found["whole, 4"],
-        }
+        with (
+            contextlib.closing(self.whole()) as whole,
+            home.ring(self.balanced(), n_threads=1) as ring,
+            self.processes("decode") as processes,
+        ):
+            engines = {"whole": whole, "ring": ring}
+            cases = ("whole, 1", "ring, 1", "ring, 2", "ring, 4", "whole, 4")
+            speeds = {case: self.speed(engines[case[:-3]], int(case[-1])) for case in cases}
+            turns = Turns({**speeds, **processes}, self.options.repeats)
+        pairs = (
+            ("ring, 1", "whole, 1"),
+            ("ring, 2", "ring, 1"),
+            ("ring, 4", "ring, 1"),
+            ("ring, 4", "whole, 4"),
+            ("processes, 2", "processes, 1"),
+        )
+        return {"tokens_per_second": turns.medians(), "ratios": turns.ratios(pairs)}
 
     def awake(self, home):
         """The same beside processes of the idle class, one a core, which get only the time that nobody else wants: a
-        core that sleeps between two steps wakes up late, and this tells how much of the ring's loss that is."""
-        found = {}
+        core that sleeps between two steps may wake up late."""
+
+        def beside(speed):
+            with awake_cores():
+                return speed()
+
         with contextlib.closing(self.whole()) as whole, home.ring(self.balanced(), n_threads=1) as ring:
-            cases = {"whole, 1": self.speed(whole, 1), "ring, 1": self.speed(ring, 1), "ring, 2": self.speed(ring, 2)}
-            for _ in range(self.options.repeats):
-                for state, beside in (("left alone", contextlib.nullcontext), ("awake", awake_cores)):
-                    with beside():
-                        for name, speed in cases.items():
-                            found.setdefault(f"{state}, {name}", []).append(speed())
-        speeds = medians(found)
-        ratios = {
-            f"{state}: {a}, to {b}": speeds[f"{state}, {a}"] / speeds[f"{state}, {b}"]
-            for state in ("left alone", "awake")
-            for a, b in (("ring, 1", "whole, 1"), ("ring, 2", "ring, 1"))
-        }
-        return {"tokens_per_second": speeds, "ratios": ratios}
+            alone = {"whole, 1": self.speed(whole, 1), "ring, 1": self.speed(ring, 1), "ring, 2": self.speed(ring, 2)}
+            awake = {f"awake: {name}": lambda speed=speed: beside(speed) for name, speed in alone.items()}
+            turns = Turns({**alone, **awake}, self.options.repeats)
+        pairs = [(f"{state}{a}", f"{state}{b}") for state in ("", "awake: ") for a, b in pairwise(reversed(alone))]
+        return {"tokens_per_second": turns.medians(), "ratios": turns.ratios(pairs)}
 
-    def limit(self, home):
-        """What this machine allows: speed of two independent processes at once to that of one, with one thread each.
-
-        A ring of two nodes with enough in flight can gain this much over a ring with one sequence, and no more.
-        """
+    @contextlib.contextmanager
+    def processes(self, what):
+        """Cases: the work of one independent process with a model of its own, and of two at once."""
         context = multiprocessing.get_context("spawn")
         pipes, processes = [], []
         for _ in range(2):
             here, there = context.Pipe()
-            process = context.Process(target=_independent, args=(self.options, there), daemon=True)
+            process = context.Process(target=_independent, args=(self.options, what, there), daemon=True)
             process.start()
             pipes.append(here)
             processes.append(process)
 
-        def speed(n, what):
+        def speed(n):
             for pipe in pipes[:n]:
-                pipe.send(what)
-            return sum(1 / pipe.recv() for pipe in pipes[:n])
+                pipe.send(True)
+            return sum(pipe.recv() for pipe in pipes[:n])
 
         try:
-            cases = {
-                f"{what}, {n}": lambda n=n, what=what: speed(n, what) for what in ("decode", "prefill") for n in (1, 2)
-            }
-            found = medians(take_turns(cases, self.options.repeats))
+            yield {"processes, 1": lambda: speed(1), "processes, 2": lambda: speed(2)}
         finally:
             for process in processes:
                 process.terminate()
-        return {what: found[f"{what}, 2"] / found[f"{what}, 1"] for what in ("decode", "prefill")}
 
     def prefill(self, home):
         # Of a prompt only the last token meets the output matrix, so here equal windows are balanced.
         even = [("n0", self.n_layers - self.n_layers // 2), (HEAD, self.n_layers // 2)]
-        with contextlib.closing(self.whole(1)) as whole, home.ring(even, 1, n_threads=1) as ring:
-            cases = {"whole": lambda: self.prompt_seconds(whole), "ring": lambda: self.prompt_seconds(ring)}
-            found = medians(take_turns(cases, self.options.repeats))
-        return {"seconds_for_512_tokens": found, "ring_to_whole_speed": found["whole"] / found["ring"]}
+        with (
+            contextlib.closing(self.whole(1)) as whole,
+            home.ring(even, 1, n_threads=1) as ring,
+            self.processes("prefill") as processes,
+        ):
+            cases = {"whole": lambda: self.prompt_speed(whole), "ring": lambda: self.prompt_speed(ring)}
+            turns = Turns({**cases, **processes}, self.options.repeats)
+        pairs = (("ring", "whole"), ("processes, 2", "processes, 1"))
+        return {"tokens_per_second": turns.medians(), "ratios": turns.ratios(pairs)}
 
     def rounds(self, home):
         def windows(k):
@@ -317,20 +316,17 @@ class Bench:
         return found
 
 
-def _independent(options, pipe):
-    """Seconds of each piece of work that the pipe asks for, on a whole model of this process's own."""
+def _independent(options, what, pipe):
+    """Tokens a second of each piece of work that the pipe asks for, on a whole model of this process's own."""
     bench = Bench(options)
     with contextlib.closing(bench.whole(1)) as whole:
-        while True:
-            if pipe.recv() == "decode":
-                seconds = options.tokens / bench.speed(whole, 1)()
-            else:
-                seconds = bench.prompt_seconds(whole)
-            pipe.send(seconds)
+        work = bench.speed(whole, 1) if what == "decode" else lambda: bench.prompt_speed(whole)
+        while pipe.recv():
+            pipe.send(work())
 
 
 def main():
-    names = ("recovery", "limit", "decode", "awake", "prefill", "rounds", "nodes", "delay", "rows")
+    names = ("recovery", "decode", "awake", "prefill", "rounds", "nodes", "delay", "rows")
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--split", required=True, help="layers of the node and of the head, e.g. 16,12")

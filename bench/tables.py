@@ -46,26 +46,11 @@ def control_rows(record):
 
 
 def ring_rows(record):
-    yield "| what | ratio |"
+    yield "| what, sequences in flight | ratio (quartiles) |"
     yield "| --- | --- |"
-    if "decode" in record:
-        decode = record["decode"]
-        yield f"| 2-node ring to the whole model, 1 sequence | {decode['ring_1_to_whole_1']:.3f} |"
-        yield f"| ring with 2 sequences in flight to the ring with 1 | {decode['ring_2_to_ring_1']:.3f} |"
-        yield f"| ring with 4 sequences in flight to the ring with 1 | {decode['ring_4_to_ring_1']:.3f} |"
-        yield f"| ring with 4 to the whole model with 4 (one thread) | {decode['ring_4_to_whole_4']:.3f} |"
-    if "prefill" in record:
-        yield f"| prompt of 512 tokens, ring to whole | {record['prefill']['ring_to_whole_speed']:.3f} |"
-    for name, gain in record.get("limit", {}).items():
-        yield f"| {name}: two independent processes at once to one, the most that a ring could gain | {gain:.3f} |"
-    for name, ratio in record.get("awake", {}).get("ratios", {}).items():
-        yield f"| cores {name} | {ratio:.3f} |"
-    for part in [part for part in ("rounds", "nodes", "delay") if part in record]:
-        speeds = record[part]["tokens_per_second"]
-        first = next(iter(speeds))
-        for name, speed in speeds.items():
-            text = f"{name}, to {first}".replace(" in flight", "")
-            yield f"| {text} in flight | {speed / speeds[first]:.3f} |"
+    for part in [part for part in ("decode", "prefill", "awake", "rounds", "nodes", "delay") if part in record]:
+        for name, row in record[part]["ratios"].items():
+            yield f"| {part}: {name} | {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) |"
     for name, row in record.get("rows", {}).items():
         loss = f"mean KL {row['mean_kl']:.2g} nats, largest {row['most_kl']:.2g}"
         yield f"| activations as {name}: {loss}; same top token | {row['same_top']:.3f} |"
