@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 from record import describe_run
-from ring_tools import Turns, awake_cores, hold_back
+from ring_tools import awake_cores, hold_back
+from turns import Turns
 
 from localreason.cli.benchmark.loops import Endless, run_batch
 from localreason.cluster.formation import HEAD, Assignment, Placement

@@ -4,9 +4,9 @@
 
 The bare loop is llama_decode over a batch of as many sequences and an argmax of each row, in the same process over the
 same context and weights; the server is a real one on loopback, and its clients, in a process of their own, stream over
-HTTP. Both have the same prompt and end after the same number of tokens; runs of the two are interleaved. What counts is
-the ratio of the medians of tokens per second of the decode, from the first token of the last client to the last token
-of the first. With `--llama-server PATH` llama.cpp's own server takes its turn in each run. The last line is JSON.
+HTTP. Both have the same prompt and end after the same number of tokens, and take turns forth and back. What counts is
+the ratio within a turn of tokens per second of the decode, from the first token of any client to the last one of all.
+With `--llama-server PATH` llama.cpp's own server takes its turns too. The last line is JSON.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from record import describe_run
+from turns import Turns
 
 from localreason.cli.server_app import Access
 from localreason.cli.server_runner import Runner
@@ -165,28 +166,27 @@ def ask(port, n_clients, n_tokens, **extra):
 def measure(path, n_clients, n_tokens, n_runs, n_threads, program):
     n_context = (n_tokens + 64) * (n_clients + 1)
     options = EngineOptions(n_context, n_sequences=n_clients + 1, n_threads=n_threads)
-    runs = {"bare": [], "served": [], "peer": []}
     with contextlib.ExitStack() as stack:
         peer_port = stack.enter_context(peer(program, path, n_clients, n_context, n_threads)) if program else None
         model = stack.enter_context(Model.open(path, options))
         model.tokenizer = Endless(model.tokenizer)
         prompt = model.text_prompt(TEXT).tokens
-        bare(model.engine, prompt, n_clients, 8)
-        for _ in range(n_runs + 1):
-            runs["bare"].append(bare(model.engine, prompt, n_clients, n_tokens))
+
+        def ask_ours():
             with served(model, n_clients, n_tokens) as port:
-                runs["served"].append(ask(port, n_clients, n_tokens))
-            if peer_port:
-                runs["peer"].append(ask(peer_port, n_clients, n_tokens, ignore_eos=True, cache_prompt=False))
+                return ask(port, n_clients, n_tokens)
+
+        cases = {"bare": lambda: bare(model.engine, prompt, n_clients, n_tokens), "served": ask_ours}
+        if peer_port:
+            cases["peer"] = lambda: ask(peer_port, n_clients, n_tokens, ignore_eos=True, cache_prompt=False)
+        turns = Turns(cases, n_runs, ("rate", "first"))
     row = {"clients": n_clients}
-    for name, each in runs.items():
-        if each:  # the first is the warm-up
-            rate, first = (statistics.median(values) for values in zip(*each[1:], strict=True))
-            row |= {f"{name}_tokens_per_second": round(rate, 1), f"{name}_first_token_ms": round(1000 * first, 1)}
-    for name in ("served", "peer"):
-        if ratios := [one[0] / base[0] for one, base in zip(runs[name], runs["bare"], strict=False)][1:]:
-            to_bare = row[f"{name}_tokens_per_second"] / row["bare_tokens_per_second"]
-            row |= {f"{name}_ratio": round(to_bare, 4), f"{name}_ratio_per_run": [round(ratio, 4) for ratio in ratios]}
+    medians = turns.medians()
+    for name in cases:
+        row[f"{name}_tokens_per_second"] = round(medians[f"{name}, rate"], 1)
+        row[f"{name}_first_token_ms"] = round(1000 * medians[f"{name}, first"], 1)
+        if name != "bare":
+            row[name] = turns.ratio(f"{name}, rate", "bare, rate")
     return row
 
 

@@ -45,12 +45,16 @@ def control_rows(record):
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
+def spread(found):
+    return f"{found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
 def ring_rows(record):
     yield "| what, sequences in flight | ratio (quartiles) |"
     yield "| --- | --- |"
     for part in [part for part in ("decode", "prefill", "awake", "rounds", "nodes", "delay") if part in record]:
         for name, row in record[part]["ratios"].items():
-            yield f"| {part}: {name} | {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) |"
+            yield f"| {part}: {name} | {spread(row)} |"
     for name, row in record.get("rows", {}).items():
         loss = f"mean KL {row['mean_kl']:.2g} nats, largest {row['most_kl']:.2g}"
         yield f"| activations as {name}: {loss}; same top token | {row['same_top']:.3f} |"
@@ -132,14 +136,13 @@ def quant_lines(record):
 
 
 def serve_rows(record):
-    yield "| clients | server / bare loop | per run | llama-server / it | first token: server, bare, theirs, ms |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| clients | server / bare loop (quartiles) | llama-server / it | first token: server, bare, theirs, ms |"
+    yield "| --- | --- | --- | --- |"
     for r in record["rows"]:
-        runs = f"{min(r['served_ratio_per_run']):.2f} to {max(r['served_ratio_per_run']):.2f}"
         first = [r.get(f"{name}_first_token_ms") for name in ("served", "bare", "peer")]
         times = ", ".join("" if each is None else f"{each:.0f}" for each in first)
-        theirs = f"{r['peer_ratio']:.3f}" if "peer_ratio" in r else ""
-        yield f"| {r['clients']} | {r['served_ratio']:.3f} | {runs} | {theirs} | {times} |"
+        theirs = spread(r["peer"]) if "peer" in r else ""
+        yield f"| {r['clients']} | {spread(r['served'])} | {theirs} | {times} |"
 
 
 def speed_lines(record, name):
