@@ -1,6 +1,7 @@
 """The Hugging Face Hub as the store sees it: list a repository's files, fetch one."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Protocol
 from ..runtime.errors import ModelError, ModelNotFound, OutputError
 
 _DEADLINE_SECONDS = 20.0
+_MOST_BYTES = 50_000_000_000
+"""The Hub's limit for a file by plain HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +30,13 @@ class Hub(Protocol):
         """All files of a repository."""
         ...
 
-    def download(self, repository: str, name: str, folder: Path) -> Path:
+    def download(self, repository: str, file: RemoteFile, folder: Path) -> Path:
         """Fetch a file into a folder, going on where an earlier attempt stopped; return its path."""
         ...
 
 
 class HuggingFace:
-    """The real Hub, by huggingface_hub, which resumes downloads itself; `endpoint` None is the library's own choice."""
+    """The real Hub, by huggingface_hub; `endpoint` None is the library's own choice."""
 
     def __init__(self, endpoint: str | None = None) -> None:
         self._endpoint = endpoint
@@ -49,19 +52,35 @@ class HuggingFace:
             for item in info.siblings or []
         ]
 
-    def download(self, repository: str, name: str, folder: Path) -> Path:
+    def download(self, repository: str, file: RemoteFile, folder: Path) -> Path:
+        """By the library's `http_get`: its `hf_hub_download` gives up what has arrived when it is interrupted."""
         import huggingface_hub
+        from huggingface_hub.file_download import http_get
 
-        with mapped(repository):
-            file = huggingface_hub.hf_hub_download(
-                repository,
-                name,
-                local_dir=folder,
-                etag_timeout=_DEADLINE_SECONDS,
-                library_name="localreason",
-                endpoint=self._endpoint,
+        if file.n_bytes > _MOST_BYTES:
+            raise ModelError(
+                f"{file.name} has {file.n_bytes / 1e9:.0f} GB and the Hub sends files of {_MOST_BYTES / 1e9:.0f} GB at "
+                f"most; choose a smaller one or one in parts"
             )
-        return Path(file)
+        path = folder / file.name
+        # What was begun of another content under the same name is of no use.
+        part = path.with_name(f"{path.name}.{file.sha256[:16] if file.sha256 else 'unknown'}.part")
+        with mapped(repository):
+            url = huggingface_hub.hf_hub_url(repository, file.name, endpoint=self._endpoint)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("ab") as opened:
+                if file.sha256 is None or opened.tell() > file.n_bytes:
+                    opened.truncate(0)
+                http_get(
+                    url,
+                    opened,
+                    resume_size=opened.seek(0, os.SEEK_END),
+                    headers=huggingface_hub.utils.build_hf_headers(library_name="localreason"),
+                    expected_size=file.n_bytes or None,
+                    displayed_filename=path.name,
+                )
+            part.replace(path)
+        return path
 
     def head(self, repository: str, name: str, n_bytes: int) -> bytes:
         """The first bytes of a file, all where it is shorter."""

@@ -5,7 +5,9 @@ import importlib.util
 import re
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+
+import filelock
 
 from ..runtime.errors import ModelBroken, ModelNotFound, OutputError
 from ..runtime.paths import expanded
@@ -137,16 +139,19 @@ def pull(reference: str, store: Path, hub: Hub) -> Path:
     final = store / repository
     try:
         incoming.mkdir(parents=True, exist_ok=True)
-        _check_space(store, incoming, files)
-        for file in files:
-            _check(hub.download(repository, file.name, incoming), file, repository)
-        # The first part last: where it stands, all others do.
-        for file in reversed(files):
-            (final / file.name).parent.mkdir(parents=True, exist_ok=True)
-            (incoming / file.name).replace(final / file.name)
+        with filelock.FileLock(f"{incoming}.lock", timeout=0):
+            _check_space(store, incoming, files)
+            for file in files:
+                _check(hub.download(repository, file, incoming), file, repository)
+            # The first part last: where it stands, all others do.
+            for file in reversed(files):
+                (final / file.name).parent.mkdir(parents=True, exist_ok=True)
+                (incoming / file.name).replace(final / file.name)
+            shutil.rmtree(incoming, ignore_errors=True)
+    except filelock.Timeout as error:
+        raise OutputError(f"{repository} is being fetched already; wait until that is done") from error
     except OSError as error:
         raise OutputError(f"{store} cannot be written: {error.strerror}; free space or set --store") from error
-    shutil.rmtree(incoming, ignore_errors=True)
     return final / files[0].name
 
 
@@ -186,10 +191,16 @@ def _has_scheme(name: str, scheme: str | None) -> bool:
     return scheme is None or bool(re.search(rf"(?:^|[-._/]){re.escape(scheme)}(?:[-.]|$)", name, re.IGNORECASE))
 
 
+def _is_inside(name: str) -> bool:
+    """False for the name of a file that would come to lie outside its repository's folder."""
+    path = PurePath(name)
+    return not path.is_absolute() and not path.drive and ".." not in path.parts
+
+
 def choose_file(files: list[RemoteFile], repository: str, scheme: str | None, name: str | None) -> list[RemoteFile]:
     """The one model that is meant, all parts in order."""
     models = sorted((file for file in files if file.name.endswith(".gguf")), key=lambda file: file.name)
-    models = [file for file in models if "mmproj" not in file.name.lower()]
+    models = [file for file in models if "mmproj" not in file.name.lower() and _is_inside(file.name)]
     chosen = [file for file in models if (file.name == name if name else _has_scheme(file.name, scheme))]
     stems = {_PART.sub("", file.name) for file in chosen}
     if len(stems) != 1:

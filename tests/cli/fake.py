@@ -115,10 +115,10 @@ class FakeHub:
             for name, data in self._files[repository].items()
         ]
 
-    def download(self, repository: str, name: str, folder: Path) -> Path:
-        data = self._files[repository][name]
-        self.downloads.append(name)
-        path = folder / name
+    def download(self, repository: str, file: RemoteFile, folder: Path) -> Path:
+        data = self._files[repository][file.name]
+        self.downloads.append(file.name)
+        path = folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(len(data)) if self.is_corrupting else data)
         return path

@@ -2,14 +2,19 @@
 
 import hashlib
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
+import filelock
 import gguf
 import pytest
 
 from localreason.cli import store
 from localreason.cli.checksum import sha256
-from localreason.cli.hub import HuggingFace
+from localreason.cli.hub import HuggingFace, RemoteFile
 from localreason.cli.main import ExitCode, main
 from localreason.runtime.errors import ModelBroken, ModelError, ModelNotFound, OutputError
 from tests.cli.fake import FakeHub, wiring
@@ -138,6 +143,99 @@ def test_show_of_a_file_that_is_no_model_is_a_model_error(data: bytes, folder: P
 def test_the_real_hub_out_of_reach_is_one_sentence(folder: Path):
     with pytest.raises(ModelError, match="cannot be reached"):
         store.pull("qwen3-0.6b", folder, HuggingFace("http://127.0.0.1:9"))
+
+
+DATA = hashlib.shake_128(b"weights").digest(24_000_000)
+"""More than huggingface_hub writes at once, 10 MiB."""
+
+
+class Sender(BaseHTTPRequestHandler):
+    """A file of the Hub; as long as `is_torn`, the connection ends in the middle of it and then only errors come."""
+
+    is_torn: ClassVar[bool]
+    ranges: ClassVar[list[str | None]]
+
+    def do_GET(self) -> None:
+        assert self.path == "/a/b/resolve/main/Q8/m-Q8_0.gguf"
+        wanted = self.headers["Range"]
+        self.ranges.append(wanted)
+        if self.is_torn and wanted:
+            self.send_response(500)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(DATA) - start))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{len(DATA) - 1}/{len(DATA)}")
+        self.end_headers()
+        self.wfile.write(DATA[start : 15_000_000 if self.is_torn else None])
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def sender() -> Iterator[tuple[type[Sender], HuggingFace]]:
+    handler: type[Sender] = type("Handler", (Sender,), {"is_torn": False, "ranges": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield handler, HuggingFace(f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+        thread.join()
+
+
+def test_a_download_goes_on_where_it_stopped(sender: tuple[type[Sender], HuggingFace], tmp_path: Path):
+    handler, real = sender
+    file = RemoteFile("Q8/m-Q8_0.gguf", len(DATA), hashlib.sha256(DATA).hexdigest())
+    handler.is_torn = True
+    with pytest.raises(ModelError, match="cannot be reached for a/b"):
+        real.download("a/b", file, tmp_path)
+    handler.is_torn = False
+    handler.ranges.clear()
+    assert real.download("a/b", file, tmp_path).read_bytes() == DATA
+    assert handler.ranges == [f"bytes={10 << 20}-"]
+    assert [path.name for path in (tmp_path / "Q8").iterdir()] == ["m-Q8_0.gguf"]
+
+
+@pytest.mark.parametrize("n_bytes", [0, len(DATA) + 1])
+def test_what_is_left_of_other_contents_is_not_gone_on_with(
+    n_bytes: int, sender: tuple[type[Sender], HuggingFace], tmp_path: Path
+):
+    handler, real = sender
+    sha256 = hashlib.sha256(DATA).hexdigest()
+    (tmp_path / "Q8").mkdir()
+    (tmp_path / "Q8" / "m-Q8_0.gguf.0123456789abcdef.part").write_bytes(DATA[:7])
+    (tmp_path / "Q8" / f"m-Q8_0.gguf.{sha256[:16]}.part").write_bytes(bytes(n_bytes))
+    file = RemoteFile("Q8/m-Q8_0.gguf", len(DATA), sha256)
+    assert real.download("a/b", file, tmp_path).read_bytes() == DATA
+    assert handler.ranges == [None]
+
+
+def test_a_file_that_the_hub_does_not_send_is_refused(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"m\.gguf has 51 GB .* 50 GB at most"):
+        HuggingFace("http://127.0.0.1:9").download("a/b", RemoteFile("m.gguf", 51_000_000_000, "0" * 64), tmp_path)
+
+
+def test_a_model_is_fetched_by_one_at_a_time(hub: FakeHub, folder: Path):
+    (folder / ".incoming" / "Qwen").mkdir(parents=True)
+    with (
+        filelock.FileLock(folder / ".incoming" / f"{QWEN}.lock"),
+        pytest.raises(OutputError, match="is being fetched already"),
+    ):
+        store.pull("qwen3-0.6b", folder, hub)
+    assert hub.downloads == []
+    assert store.pull("qwen3-0.6b", folder, hub).is_file()
+
+
+@pytest.mark.parametrize("name", ["../../out.gguf", "/out.gguf", "a/../../../out.gguf"])
+def test_a_name_that_leaves_the_store_is_no_model(name: str, folder: Path):
+    hostile = FakeHub({"a/b": {name: b"x"}}, lambda data: hashlib.sha256(data).hexdigest())
+    with pytest.raises(ModelNotFound):
+        store.pull("a/b", folder, hostile)
+    assert hostile.downloads == []
 
 
 def test_a_checksum_is_remembered_until_the_file_changes(model: str):
