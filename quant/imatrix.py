@@ -88,7 +88,9 @@ def _read_gguf(path: Path) -> Importance:
             raise InputError(f"{path}: the sums of {name!r} have no counts that fit; make the matrix again")
         entries[name] = Entry(sums.reshape(counts.size, -1), counts.ravel())
     n_chunks, chunk_tokens = (header.values.get(f"imatrix.chunk_{name}", 0) for name in ("count", "size"))
-    return Importance(entries, int(n_chunks), int(chunk_tokens))
+    if not isinstance(n_chunks, int) or not isinstance(chunk_tokens, int):
+        raise InputError(f"{path} counts {n_chunks!r:.40} chunks of {chunk_tokens!r:.40} tokens; make the matrix again")
+    return Importance(entries, n_chunks, chunk_tokens)
 
 
 def _array(header: Header, path: Path, i: int) -> NDArray[np.float32]:

@@ -17,9 +17,18 @@ _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _ALIGNMENT = 32
 _WHOLE_HEADS = ("qwen2", "qwen3", "qwen3moe")
 """Architectures whose keys and values are of one length, all of which is rotated."""
+_PLAIN_HEADS = ("llama", *_WHOLE_HEADS)
+"""Architectures of which every layer has heads, all of one length."""
+_F32 = 0
+_NO_WEIGHTS = (9, 15, 24, 25, 26, 27, 28)
+"""Q8_1, Q8_K, the integers and F64: what is computed with, not what is multiplied by."""
+_TABLE = "tid2eid"
+"""In the names of tables of integers, which are looked up."""
 _MOST_LAYERS = 512
 _MOST_EXPERTS = 1024
 _MOST_TENSORS = 1 << 16
+_LONGEST_READ = 256 << 20
+"""Bytes of one value; the longest vocabularies' numbers take one or two MB."""
 _LONGEST_KEPT = 4096
 """Arrays of more numbers than this are passed over."""
 
@@ -116,7 +125,7 @@ class _Reader:
         self._n_bytes = n_bytes
 
     def take(self, n: int) -> bytes:
-        if n > self._n_bytes - self._file.tell():
+        if n > min(self._n_bytes - self._file.tell(), _LONGEST_READ):
             raise _Damage(f"its header wants {n} bytes at {self._file.tell()}, it ends at {self._n_bytes}")
         return self._file.read(n)
 
@@ -171,9 +180,53 @@ class _Reader:
 
 
 def check_tensors(header: Header, path: Path | str) -> None:
-    """Refuse a vocabulary without a model. Raises ModelBroken."""
+    """Refuse a vocabulary without a model, and types and shapes that llama.cpp asserts on. Raises ModelBroken."""
     if not header.tensors:
         raise ModelBroken(f"{path} holds no tensors: it is a vocabulary or half a file; give a whole model")
+    for tensor in header.tensors:
+        n_columns = tensor.shape[0]
+        if len(tensor.shape) == 1 and tensor.kind != _F32:
+            problem = f"is of type {_type_name(tensor.kind)}, and vectors have to be F32"
+        elif tensor.kind in _NO_WEIGHTS and _TABLE not in tensor.name:
+            problem = f"is of type {_type_name(tensor.kind)}, which no weights are"
+        elif n_columns % _block(tensor.kind):
+            problem = f"has {n_columns} columns, and {_type_name(tensor.kind)} takes {_block(tensor.kind)} together"
+        else:
+            continue
+        raise ModelBroken(f"{path}: the tensor {tensor.name!r:.80} {problem}; convert it again")
+    _check_heads(header, path)
+
+
+def _check_heads(header: Header, path: Path | str) -> None:
+    """Where the layers' heads are listed, their keys have to be of that many."""
+    values, architecture = header.values, header.values.get("general.architecture")
+    counts = values.get(f"{architecture}.attention.head_count_kv")
+    n_heads, n_embd = (values.get(f"{architecture}.{name}") for name in ("attention.head_count", "embedding_length"))
+    length = values.get(f"{architecture}.attention.key_length")
+    if length is None and isinstance(n_heads, int) and isinstance(n_embd, int) and n_heads > 0:
+        length = n_embd // n_heads
+    if architecture not in _PLAIN_HEADS or not isinstance(counts, list) or not isinstance(length, int):
+        return
+    rows = {tensor.name: tensor.shape[-1] for tensor in header.tensors}
+    for i, count in enumerate(counts):
+        found = rows.get(f"blk.{i}.attn_k.weight", count * length)
+        if not count or found != count * length:
+            raise ModelBroken(
+                f"{path} is damaged: layer {i} has keys of {found} numbers and {count} heads of {length}; get it again"
+            )
+
+
+def _type_name(kind: int) -> str:
+    from gguf.constants import GGMLQuantizationType
+
+    return GGMLQuantizationType(kind).name if kind in set(GGMLQuantizationType) else str(kind)
+
+
+def _block(kind: int) -> int:
+    """Values of a type that are packed together; 1 for a type that is not known, which llama.cpp refuses itself."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    return GGML_QUANT_SIZES[GGMLQuantizationType(kind)][0] if kind in set(GGMLQuantizationType) else 1
 
 
 def check_header(values: dict[str, Any], path: Path | str) -> None:

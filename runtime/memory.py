@@ -218,7 +218,7 @@ def _n_vocab(header: Header) -> int:
 def _number(values: Mapping[str, Any], name: str, default: int = 0) -> int:
     """A number of the architecture, the largest of a list of them, `default` where there is none."""
     value = values.get(f"{values.get('general.architecture')}.{name}")
-    found = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)]
+    found = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int) and item >= 0]
     return max(found, default=default)
 
 

@@ -17,7 +17,7 @@ import psutil
 from numpy.typing import NDArray
 
 from .errors import EngineError, LocalReasonError, ModelBroken, ModelUnsupported, OutOfMemory
-from .header import check_header, read_header
+from .header import check_header, check_tensors, read_table
 from .runs import check_runs, is_recursive
 
 CACHE_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
@@ -196,7 +196,12 @@ class Model:
         """`is_window` opens a part of a model, which has no vocabulary; `header` are the file's values where they were
         read before. Raises ModelNotFound, ModelBroken, ModelUnsupported or OutOfMemory."""
         self.path = path
-        self.header = read_header(path) if header is None else header
+        if header is None:
+            table = read_table(path, has_tensors=not vocab_only)
+            if not vocab_only:
+                check_tensors(table, path)
+            header = table.values
+        self.header = header
         check_header(self.header, path)
         lib = self._lib = library()
         parameters = lib.llama_model_default_params()

@@ -31,6 +31,8 @@ def read_local(path: Path) -> list[Piece]:
     file or part that is not there, ModelBroken."""
     own = Piece(str(path), header := read_table(path), header.n_bytes)
     names = part_names(path.name) if own.n_split > 1 else [path.name]
+    if path.name not in names:
+        raise ModelBroken(f"{path} is one of {own.n_split} parts and counts them otherwise in its name; get it again")
     pieces = []
     for there in map(path.with_name, names):
         if there != path and not there.exists():

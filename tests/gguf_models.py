@@ -31,9 +31,11 @@ def write_model(
     without: tuple[str, ...] = (),
     extra: dict[str, tuple[int, ...]] | None = None,
     n_part_tensors: int = 0,
+    types: dict[str, Any] | None = None,
 ) -> Path:
     """Write a model of "llama", "qwen2", "qwen3", "qwen3moe", "gemma3" or "mamba". `values` replaces or adds metadata
-    (None takes a key out), by full key; `without` names tensors to leave out, `extra` shapes of those to add;
+    (None takes a key out), by full key; `without` names tensors to leave out, `extra` shapes of those to add, `types`
+    numpy types of tensors in place of float32;
     with `n_part_tensors` it is written in parts, and the path is that of the first."""
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=n_part_tensors)
     _add_vocabulary(writer)
@@ -50,7 +52,7 @@ def write_model(
     shapes = _tensors(architecture, n_layers, 256 + len(MARKS) + len(MERGES)) | (extra or {})
     for name, shape in shapes.items():
         if name not in without:
-            writer.add_tensor(name, _weights(random, name, shape))
+            writer.add_tensor(name, _weights(random, name, shape).astype((types or {}).get(name, np.float32)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -137,6 +137,45 @@ class TestMessages:
 
 
 class TestHostileFiles:
+    @pytest.mark.parametrize(
+        ("name", "kind", "words"),
+        [
+            (
+                "blk.0.attn_norm.weight",
+                np.float16,
+                "'blk.0.attn_norm.weight' is of type F16, and vectors have to be F32",
+            ),
+            ("output_norm.weight", np.int8, "is of type I8, and vectors"),
+            ("blk.1.attn_q.weight", np.int8, "is of type I8, which no weights are"),
+            ("blk.1.ffn_down.weight", np.int16, "I16, which"),
+            ("token_embd.weight", np.float64, "F64, which"),
+        ],
+    )
+    def test_types_that_nothing_is_computed_with(self, tmp_path, name, kind, words):
+        """llama.cpp would end the process at the first of such a tensor."""
+        path = write_model(tmp_path / "x.gguf", types={name: kind})
+        with pytest.raises(ModelBroken, match=words):
+            load(path, OPTIONS)
+        with pytest.raises(ModelBroken, match=words):
+            native.Model(path)
+
+    @pytest.mark.parametrize("counts", [[1, 0], [1, 2]])
+    def test_listed_heads_that_do_not_fit_the_keys(self, tmp_path, counts):
+        path = write_model(tmp_path / "x.gguf", values={"llama.attention.head_count_kv": counts})
+        with pytest.raises(ModelBroken, match="layer 1 has keys of 32 numbers"):
+            load(path, OPTIONS)
+        listed = write_model(tmp_path / "y.gguf", values={"llama.attention.head_count_kv": [1, 1]})
+        load(listed, OPTIONS)[0].close()
+
+    def test_a_row_that_does_not_fill_its_blocks(self, tmp_path):
+        data = bytearray(write_model(tmp_path / "x.gguf", extra={"odd": (3, 5)}).read_bytes())
+        place = data.index(b"odd") + len("odd") + 4 + 2 * 8  # behind two dimensions
+        assert data[place : place + 4] == bytes(4)
+        data[place] = 2
+        (tmp_path / "x.gguf").write_bytes(data)
+        with pytest.raises(ModelBroken, match="'odd' has 5 columns, and Q4_0 takes 32 together"):
+            load(tmp_path / "x.gguf", OPTIONS)
+
     def test_truncation_anywhere_is_an_error_and_no_crash(self, tiny_model, tmp_path):
         data = tiny_model.read_bytes()
         n_header = data.index(b"output_norm.weight") + 2000
