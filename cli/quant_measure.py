@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -120,15 +121,20 @@ def measure(
     """
     on = _On(text, traces, tokens, n_context, problem_file, limit)
     material = on.read()
-    _check_out(out)
     sides = _sides(context, (reference, "f16"), (candidate, cache_type_candidate))
+    _check_out(out, [side.path for side in sides] + [file for file in (text, traces, problem_file) if file is not None])
     record: dict[str, Any] = {"schema": SCHEMA, "reference": _describe(sides[0]), "candidate": _describe(sides[1])}
     record |= {"on": None, "drift": None, "problems": None}
     record["versions"] = {name: version(name) for name in ("localreason", "llama-cpp-python")}
     for lines in _measure(build.wiring(context), sides, on, material, record):
-        _write(out, record)
         if not is_json:
             print("\n".join(lines), flush=True)
+        try:
+            _write(out, record)
+        except OutputError:
+            if is_json:
+                print(json.dumps(record, indent=2, allow_nan=False), flush=True)
+            raise
     if is_json:
         print(json.dumps(record, indent=2, allow_nan=False))
 
@@ -222,6 +228,10 @@ def _paired(
     """What was solved, and how the two differ; one model is open at a time."""
     from ..quant.paired import compare_outcomes
 
+    # A candidate that cannot be opened is to be found out before the reference has solved everything.
+    options = build.make_options(sides[1].settings, build.make_recipe(sides[1].settings), 1, [todo[0].text])
+    with wiring.open_model(sides[1].path, options, sides[1].settings):
+        pass
     found = [_solve(wiring, side, todo) for side in sides]
     recipe = build.make_recipe(sides[0].settings)
     row = {"name": file.name, "n": len(todo), "recipe": recipe.describe()}
@@ -263,16 +273,32 @@ def _progress(n_all: int, what: str = "chunks") -> Any:
     )
 
 
-def _check_out(out: Path | None) -> None:
-    """Refuse now what could not be written after an hour."""
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+def _check_out(out: Path | None, read: list[Path]) -> None:
+    """Refuse now what could not be written after an hour, or is read."""
+    if out is None:
+        return
+    if out.is_dir() or not out.parent.is_dir():
         raise OutputError(f"{out} cannot be written: no such folder, or it is one itself; give another --out")
+    if out.exists() and any(out.samefile(file) for file in read):
+        raise OutputError(f"{out} is what is read; give another --out")
 
 
 def _write(out: Path | None, record: dict[str, Any]) -> None:
     if out is None:
         return
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    if out.is_symlink() or (
+        out.exists() and not out.is_file()
+    ):  # /dev/stdout, say, which nothing may take the place of
+        part = out
+    else:
+        part = out.with_name(f".{out.name[:100]}.{os.getpid()}.part")
     try:
-        out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", "utf-8")
+        part.write_text(text, "utf-8")
+        if part != out:
+            part.replace(out)
     except OSError as error:
+        if part != out:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
         raise OutputError(f"{out} cannot be written: {error.strerror}; give another --out") from error

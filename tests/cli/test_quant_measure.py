@@ -77,10 +77,36 @@ def test_problems_are_solved_by_both_with_the_same_seed(tiny_model, problems, ca
     code, printed, _ = run(capsys, *args, wired=wiring(models))
     found = json.loads(printed)
     assert code == ExitCode.OK
-    assert [one.asked for one in models] == [["p0", "p1", "p2"]] * 2
+    assert [one.asked for one in models] == [[], ["p0", "p1", "p2"], ["p0", "p1", "p2"]]  # the candidate is tried first
     assert (found["problems"]["n_problems"], found["problems"]["n_failed"]) == (2, 1)
     assert found["problems"]["accuracy"] == {"mean": 0, "low": 0, "high": 0}
     assert found["on_problems"]["recipe"]["seed"] == 3
+
+
+def test_what_is_read_is_not_written_over(tiny_model, text, home, capsys):
+    copy = home / "copy.gguf"
+    copy.write_bytes(tiny_model.read_bytes())
+    for out in (copy, home / text):
+        before = out.read_bytes()
+        code, _, errors = run(capsys, "measure", tiny_model, copy, "--text", text, "--context", 64, "--out", out)
+        assert (code, out.read_bytes()) == (ExitCode.OUTPUT, before)
+        assert "is what is read" in errors
+
+
+def test_a_result_is_printed_where_it_cannot_be_written(tiny_model, text, home, capsys, monkeypatch):
+    out = home / "result.json"
+    out.write_text("an earlier result")
+
+    def full(path: Path, *_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    arguments = ("measure", tiny_model, tiny_model, "--text", text, "--context", 64, "--out", out)
+    code, printed, errors = run(capsys, *arguments, "--json")
+    assert code == ExitCode.OUTPUT
+    assert json.loads(printed)["drift"]["divergence"]["value"] == 0
+    assert "No space left" in errors
+    assert out.read_text() == "an earlier result"
 
 
 def test_everything_is_read_before_anything_is_measured(tiny_model, text, capsys):
