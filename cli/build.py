@@ -154,7 +154,9 @@ def warn(path: Path, config: Config) -> None:
 
 
 def _tell(sentence: str) -> None:
-    print(f"localreason: {sentence}", file=sys.stderr, flush=True)
+    from .render import safe
+
+    print(f"localreason: {safe(sentence)}", file=sys.stderr, flush=True)
 
 
 def describe_controls() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """SHA-256 of model files, remembered by path, size and time of change."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -46,5 +47,6 @@ def _remember(entry: Path, value: dict[str, object]) -> None:
         entry.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(value))
         part.replace(entry)
-    except OSError:
-        part.unlink(missing_ok=True)  # a cache that cannot be written costs time only
+    except OSError:  # a cache that cannot be written costs time only
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -23,6 +23,12 @@ class RemoteFile:
     sha256: str | None
 
 
+def begun(folder: Path, file: RemoteFile) -> Path:
+    """Where what has arrived of a file is kept; of another content under the same name it is of no use."""
+    path = folder / file.name
+    return path.with_name(f"{path.name}.{file.sha256[:16] if file.sha256 else 'unknown'}.part")
+
+
 class Hub(Protocol):
     """What pulling needs. Raises ModelNotFound or ModelError with the remedy."""
 
@@ -62,9 +68,7 @@ class HuggingFace:
                 f"{file.name} has {file.n_bytes / 1e9:.0f} GB and the Hub sends files of {_MOST_BYTES / 1e9:.0f} GB at "
                 f"most; choose a smaller one or one in parts"
             )
-        path = folder / file.name
-        # What was begun of another content under the same name is of no use.
-        part = path.with_name(f"{path.name}.{file.sha256[:16] if file.sha256 else 'unknown'}.part")
+        path, part = folder / file.name, begun(folder, file)
         with mapped(repository):
             url = huggingface_hub.hf_hub_url(repository, file.name, endpoint=self._endpoint)
             part.parent.mkdir(parents=True, exist_ok=True)

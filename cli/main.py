@@ -145,7 +145,9 @@ def main(args: Sequence[str] | None = None, wiring: "Wiring | None" = None) -> i
 def _tell(sentence: str) -> None:
     if os.environ.get("LOCALREASON_DEBUG"):
         traceback.print_exc()
-    print(sentence, file=sys.stderr)
+    from .render import safe
+
+    print(safe(sentence), file=sys.stderr)
 
 
 def run() -> NoReturn:

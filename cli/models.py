@@ -9,6 +9,7 @@ import typer
 
 from ..runtime.errors import ModelBroken, ModelNotFound
 from . import build, checksum, config
+from .render import safe
 from .store import CATALOGUE, DEMO, RECOMMENDED, demo, find, list_stored, parts, pull, remove
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help="Models on this machine.")
@@ -32,7 +33,8 @@ def list_models(context: typer.Context, store: Store = None, is_json: Json = Fal
         return
     for row in rows:
         size = f"{row['bytes'] / 1e9:.2f} GB" if row["bytes"] else ""
-        print(f"{'*' if row['path'] else ' '} {row['name']:<14} {size:>8}  {row['licence']:<11} {row['summary']}")
+        mark, name = "*" if row["path"] else " ", safe(row["name"])
+        print(f"{mark} {name:<14} {size:>8}  {row['licence']:<11} {row['summary']}")
     print(f"\n* is on this machine; `localreason models pull {RECOMMENDED}` fetches one,")
     print("and so does any reference to Hugging Face such as Qwen/Qwen3-0.6B-GGUF:Q8_0.")
 
@@ -70,7 +72,7 @@ def show_model(context: typer.Context, reference: Reference, store: Store = None
         print(json.dumps(row, indent=2))
         return
     for key, value in row.items():
-        print(f"{key:<16} {value}")
+        print(f"{key:<16} {safe(str(value))}")
 
 
 @app.command("rm")
@@ -122,14 +124,17 @@ def _metadata(path: Path) -> dict[str, Any]:
             if field is not None:
                 found[name] = str(field.contents())
         length = reader.get_field(f"{found.get('general.architecture')}.context_length")
+        n_context = length.contents() if length is not None else None
         n_tensors = len(reader.tensors)
     except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
         raise ModelBroken(f"{path} is not a readable GGUF file: {error}; pull it again") from error
     template = found.pop("tokenizer.chat_template", None)
     shown = {re.sub(r"^general\.", "", key): value for key, value in found.items()}
+    if "name" in shown:
+        shown["title"] = shown.pop("name")
     return {
         **shown,
-        "context_length": int(length.contents()) if length is not None else None,
+        "context_length": n_context if isinstance(n_context, int) else None,
         "tensors": n_tensors,
         "chat_template": bool(template),
         "thinking_format": detect(template, found).name,

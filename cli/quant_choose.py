@@ -118,7 +118,7 @@ def choose(
         lines = explain(options, limit)
         print(json.dumps({"room": limit, "choice": lines, "options": [_row(option) for option in options]}, indent=2))
         return
-    print("\n".join([*explain(options, limit), "", *_table(options)]))
+    print("\n".join([*map(safe, explain(options, limit)), "", *_table(options)]))
 
 
 def _cut(sources: list[Source]) -> list[Source]:
@@ -184,7 +184,7 @@ def _read_measured(paths: list[Path]) -> dict[str, tuple[Measured, ...]]:
             name = str(one["candidate"]["name"])
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}; give a result of `quant measure`") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(
                 f"{path} is not a result of `localreason quant measure --out`: {type(error).__name__} {error}; "
                 f"measure again"

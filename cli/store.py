@@ -1,6 +1,7 @@
 """Where models are: the catalogue, the folder of pulled files, the demo; and how a missing one is pulled."""
 
 import contextlib
+import glob
 import importlib.util
 import re
 import shutil
@@ -12,7 +13,7 @@ import filelock
 from ..runtime.errors import ModelBroken, ModelNotFound, OutputError
 from ..runtime.paths import expanded
 from .checksum import digest_file
-from .hub import Hub, RemoteFile
+from .hub import Hub, RemoteFile, begun
 
 DEMO = "demo"
 RECOMMENDED = "qwen3-1.7b"
@@ -76,11 +77,17 @@ def list_stored(store: Path) -> list[Stored]:
     found = []
     for path in sorted(store.rglob("*.gguf")):
         inside = path.relative_to(store)
-        part = _PART.search(path.name)
-        if inside.parts[0].startswith(".") or (part and int(part[1]) != 1):
+        if inside.parts[0].startswith(".") or not _is_model(path.name):
             continue
-        found.append(Stored(_name(inside), path, sum(piece.stat().st_size for piece in parts(path))))
+        with contextlib.suppress(OSError):  # a link to nowhere, or removed just now
+            found.append(Stored(_name(inside), path, sum(piece.stat().st_size for piece in parts(path))))
     return found
+
+
+def _is_model(name: str) -> bool:
+    """False for a file's name that says a further part of a model, or a projector beside one."""
+    part = _PART.search(name)
+    return not (part and int(part[1]) != 1) and "mmproj" not in name.lower()
 
 
 def parts(path: Path) -> list[Path]:
@@ -102,11 +109,18 @@ def find(reference: str, store: Path) -> Path | None:
     if reference == DEMO:
         return demo()
     path = expanded(reference)
-    if path.is_file():
-        return path
-    for stored in list_stored(store) if store.is_dir() else []:
-        if reference in (stored.name, stored.path.stem):
-            return stored.path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise ModelNotFound(f"{reference:.80} cannot be looked for: {error.strerror}") from error
+    here = list_stored(store) if store.is_dir() else []
+    fitting = [item for item in here if reference == item.name] or [i for i in here if reference == i.path.stem]
+    if len(fitting) > 1:
+        names = ", ".join(item.name for item in fitting)
+        raise ModelNotFound(f"{reference!r} fits several models; name one of {names}")
+    if fitting:
+        return fitting[0].path
     target = CATALOGUE[reference].reference if reference in CATALOGUE else reference
     if path.exists():
         what = "a folder; name the GGUF file in it" if path.is_dir() else "no regular file; name a GGUF file"
@@ -120,7 +134,7 @@ def find(reference: str, store: Path) -> Path | None:
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf")]
     if match["file"]:
         return folder / match["file"] if match["file"] in names else None
-    chosen = [name for name in sorted(names) if _has_scheme(name, match["scheme"])]
+    chosen = [name for name in sorted(names) if _is_model(name) and _has_scheme(name, match["scheme"])]
     return folder / chosen[0] if chosen else None
 
 
@@ -142,12 +156,15 @@ def pull(reference: str, store: Path, hub: Hub) -> Path:
         with filelock.FileLock(f"{incoming}.lock", timeout=0):
             _check_space(store, incoming, files)
             for file in files:
-                _check(hub.download(repository, file, incoming), file, repository)
+                if not any(_is_whole(folder / file.name, file) for folder in (incoming, final)):
+                    _check(hub.download(repository, file, incoming), file, repository)
             # The first part last: where it stands, all others do.
             for file in reversed(files):
-                (final / file.name).parent.mkdir(parents=True, exist_ok=True)
-                (incoming / file.name).replace(final / file.name)
-            shutil.rmtree(incoming, ignore_errors=True)
+                if (incoming / file.name).exists():
+                    (final / file.name).parent.mkdir(parents=True, exist_ok=True)
+                    (incoming / file.name).replace(final / file.name)
+                for old in incoming.glob(f"{glob.escape(file.name)}.*.part"):
+                    old.unlink()
     except filelock.Timeout as error:
         raise OutputError(f"{repository} is being fetched already; wait until that is done") from error
     except OSError as error:
@@ -162,7 +179,7 @@ def remove(reference: str, store: Path) -> list[Path]:
         raise ModelNotFound(f"{reference!r} is not in the store {store}; `localreason models list` shows what is")
     gone = parts(path)
     try:
-        for file in gone:
+        for file in reversed(gone):  # without its first part a model is not seen
             file.unlink()
     except OSError as error:
         raise OutputError(f"{path} cannot be removed: {error.strerror}") from error
@@ -218,14 +235,20 @@ def choose_file(files: list[RemoteFile], repository: str, scheme: str | None, na
 
 
 def _check_space(store: Path, incoming: Path, files: list[RemoteFile]) -> None:
-    there = sum(path.stat().st_size for path in incoming.rglob("*") if path.is_file())
-    needed = sum(file.n_bytes for file in files) - there
+    kept = [path for file in files for path in (incoming / file.name, begun(incoming, file)) if path.is_file()]
+    needed = sum(file.n_bytes for file in files) - sum(path.stat().st_size for path in kept)
     free = shutil.disk_usage(store).free
     if needed > free:
         raise OutputError(
             f"the model needs {needed / 1e9:.2f} GB and {store} has {free / 1e9:.2f} GB free; "
             f"free space, choose a smaller model or set --store"
         )
+
+
+def _is_whole(path: Path, file: RemoteFile) -> bool:
+    """True where an earlier attempt has fetched the file."""
+    is_there = file.sha256 is not None and path.is_file() and path.stat().st_size == file.n_bytes
+    return is_there and digest_file(path) == file.sha256
 
 
 def _check(path: Path, file: RemoteFile, repository: str) -> None:

@@ -18,6 +18,7 @@ from localreason.cli.hub import HuggingFace, RemoteFile
 from localreason.cli.main import ExitCode, main
 from localreason.runtime.errors import ModelBroken, ModelError, ModelNotFound, OutputError
 from tests.cli.fake import FakeHub, wiring
+from tests.gguf_models import write_model
 
 QWEN = "Qwen/Qwen3-0.6B-GGUF"
 
@@ -217,6 +218,61 @@ def test_what_is_left_of_other_contents_is_not_gone_on_with(
 def test_a_file_that_the_hub_does_not_send_is_refused(tmp_path: Path):
     with pytest.raises(ModelError, match=r"m\.gguf has 51 GB .* 50 GB at most"):
         HuggingFace("http://127.0.0.1:9").download("a/b", RemoteFile("m.gguf", 51_000_000_000, "0" * 64), tmp_path)
+
+
+def test_parts_that_were_fetched_are_not_fetched_again(hub: FakeHub, folder: Path):
+    incoming = folder / ".incoming" / "a" / "split" / "Q8"
+    incoming.mkdir(parents=True)
+    (incoming / "m-Q8_0-00001-of-00003.gguf").write_bytes(bytes([1]))
+    (incoming / "m-Q8_0-00002-of-00003.gguf").write_bytes(b"x")  # of the right length only
+    (incoming / "other-Q4_0.gguf.0123456789abcdef.part").write_bytes(b"half of another")
+    store.pull("a/split:Q8_0", folder, hub)
+    assert hub.downloads == ["Q8/m-Q8_0-00002-of-00003.gguf", "Q8/m-Q8_0-00003-of-00003.gguf"]
+    assert [path.name for path in incoming.iterdir()] == ["other-Q4_0.gguf.0123456789abcdef.part"]
+
+
+@pytest.mark.parametrize("name", ["m-Q4_0-00002-of-00002.gguf", "m-mmproj-Q4_0.gguf"])
+def test_what_is_no_whole_model_is_not_found(name: str, folder: Path):
+    (folder / "o" / "r").mkdir(parents=True)
+    (folder / "o" / "r" / name).write_bytes(b"x")
+    assert store.find("o/r:Q4_0", folder) is None
+    assert store.list_stored(folder) == []
+
+
+def test_a_name_that_fits_two_models_is_refused(folder: Path):
+    for owner in ("a", "b"):
+        (folder / owner / "x").mkdir(parents=True)
+        (folder / owner / "x" / "m-Q4_0.gguf").write_bytes(b"x")
+    with pytest.raises(ModelNotFound, match=r"fits several models; name one of a/x/m-Q4_0.gguf, b/x/m-Q4_0.gguf"):
+        store.remove("m-Q4_0", folder)
+    assert store.remove("b/x/m-Q4_0.gguf", folder) == [folder / "b" / "x" / "m-Q4_0.gguf"]
+
+
+def test_a_link_to_nowhere_hides_no_other_model(hub: FakeHub, folder: Path):
+    path = store.pull("qwen3-0.6b", folder, hub)
+    (folder / "gone.gguf").symlink_to(folder / "nowhere")
+    assert store.find("qwen3-0.6b", folder) == path
+    with pytest.raises(ModelNotFound, match="cannot be looked for"):
+        store.find("a" * 300, folder)
+
+
+def test_what_a_file_says_of_itself_does_nothing_to_the_terminal(
+    folder: Path, home: Path, capfd: pytest.CaptureFixture[str]
+):
+    path = write_model(home / "x.gguf", values={"general.name": "red\x1b[31m\x1b]0;title\x07"})
+    assert main(["models", "show", str(path)]) == ExitCode.OK
+    shown = capfd.readouterr().out
+    assert "\x1b" not in shown
+    assert shown.splitlines()[0].split() == ["name", str(path)]
+    broken = write_model(home / "y.gguf", values={"general.architecture": "a\x1b[2Jb"})
+    assert main(["solve", "hi", "-m", str(broken)]) == ExitCode.MODEL
+    assert "\x1b" not in capfd.readouterr().err
+
+
+def test_a_checksum_that_cannot_be_kept_is_made_all_the_same(model: str, home: Path, monkeypatch: pytest.MonkeyPatch):
+    (home / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
+    assert sha256(Path(model)) == hashlib.sha256(Path(model).read_bytes()).hexdigest()
 
 
 def test_a_model_is_fetched_by_one_at_a_time(hub: FakeHub, folder: Path):
