@@ -74,6 +74,8 @@ def convert(
     path, n_threads = _open(context, source)
     if not is_dry:
         check_target(path, target, is_forced)
+        if imatrix is not None and target.exists() and imatrix.exists() and target.samefile(imatrix):
+            raise OutputError(f"{target} is the importance matrix itself; name another file")
     request = Request(scheme, _pairs(tensor or []), output_type, embedding_type, is_pure, imatrix, allows_requantize)
     plan = plan_conversion(path, request)
     for warning in plan.warnings:

@@ -26,6 +26,8 @@ from .job import Job, run_job
 from .request import LONGEST_VALUE, Request, check_asked, check_importance, check_source, check_types, find_type
 from .weights import RECORD, source_scheme
 
+_LONGEST_KEY = 127
+"""Bytes that llama.cpp has room for."""
 _MOST_NAME_BYTES = 200
 """Of a target's name that go into the name of its half file; file systems take 255 in all."""
 _PART = re.compile(r"\..+\.(\d+)\.localreason-part")
@@ -92,7 +94,11 @@ def check_target(source: Path, target: Path, is_forced: bool = False) -> None:
     """Refuse a target that would destroy something or cannot be written. Raises OutputError."""
     if not target.parent.is_dir():
         raise OutputError(f"there is no folder {target.parent} to write {target.name} in; make it or name another file")
-    if target.exists():
+    try:
+        is_there = target.exists()
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror}; name another file") from error
+    if is_there:
         if target.samefile(source):
             raise OutputError(f"{target} is the source itself; name another file")
         if not target.is_file():
@@ -132,6 +138,7 @@ def convert(
         _check_result(plan, part)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
+        check_target(plan.source.path, target, is_forced)  # another process may have made it meanwhile
         part.replace(target)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror}; name another file") from error
@@ -143,7 +150,9 @@ def convert(
 
 def _record(file: ModelFile, name: str, request: Request, importance: Importance | None) -> dict[str, str | int | bool]:
     """What the new file says of its origin; what an earlier conversion said is emptied."""
-    values: dict[str, str | int | bool] = {key: "" for key in file.header.values if key.startswith(RECORD)}
+    values: dict[str, str | int | bool] = {
+        key: "" for key in file.header.values if key.startswith(RECORD) and len(key.encode()) <= _LONGEST_KEY
+    }
     said: dict[str, str | int | bool | None] = {
         "source": file.path.name,
         "source_sha256": "0" * 64,
@@ -218,7 +227,7 @@ def _sweep(folder: Path) -> None:
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             match = _PART.fullmatch(path.name)
-            if match and not psutil.pid_exists(int(match[1])):
+            if match and len(match[1]) < 10 and not psutil.pid_exists(int(match[1])):
                 path.unlink()
 
 
