@@ -42,6 +42,7 @@ _MOST_CONNECTIONS = 4
 _CODE_SECONDS = 120.0
 _MOST_WAIT_SECONDS = 300.0
 _N_TRIES = 3
+_MOST_SHOWN = 20
 _REASONS = {
     "version": "the other side speaks pairing version {version}, this one {ours}: update localreason on the older one",
     "busy": "the other side is pairing with another machine; try again in a minute",
@@ -147,11 +148,11 @@ class PairingServer:
         self._is_pairing = True
         try:
             peer = await self._try_code(line, name)
-        except (_Refused, ProtocolError, TimeoutError):
+        except Exception:
             # A code that was shown in vain counts, whatever the reason: else codes could be had without end.
             self._next_code_at = self._clock() + min(_MOST_WAIT_SECONDS, 2.0 ** min(self._n_failed, 16))
             self._n_failed += 1
-            self._show(f"pairing with {name} failed")
+            self._show(f"pairing with {_quoted(name)} failed")
             raise
         finally:
             self._is_pairing = False
@@ -166,7 +167,9 @@ class PairingServer:
         pem = self._identity.certificate
         answer = {"version": VERSION, "certificate": pem.decode(), "message": ours.hex()}
         await line.send(answer)
-        self._show(f"{name} wants to pair; the code is {code[:3]} {code[3:]} (valid {self._code_seconds:g} s)")
+        # The code first: nobody has proven the name, and it may read like another code.
+        shown = f"code {code[:3]} {code[3:]} (valid {self._code_seconds:g} s)"
+        self._show(f"{shown}, asked for by a machine that calls itself {_quoted(name)}")
         try:
             async with asyncio.timeout(self._code_seconds):
                 reply = await line.receive()
@@ -185,6 +188,11 @@ class PairingServer:
         with contextlib.suppress(ProtocolError, TimeoutError):  # that side knew the code; if it is gone, it comes again
             await line.send({"version": VERSION, "proof": prove(key, "node", messages, certificates).hex()})
         return peer
+
+
+def _quoted(name: str) -> str:
+    """A name that nobody has proven, so that it cannot be taken for more than a name."""
+    return repr(name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}…")
 
 
 async def pair(

@@ -61,7 +61,7 @@ def test_pair_list_solve_and_unpair(run, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        code = node.wait_for("the code is").split("the code is ")[1][:7]
+        code = node.wait_for("asked for by").removeprefix("code ")[:7]
         said, _ = pairing.communicate(code + "\n", timeout=30)
         assert pairing.returncode == 0
         assert "paired with attic" in said
@@ -93,7 +93,7 @@ def test_a_node_of_the_home_is_paired_over_both_kinds_of_addresses(run, tmp_path
             here = f"{host}:{node.port}"
             node.lines.clear()
             pairing = subprocess.Popen([*RUN, "cluster", "pair", here], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            code = node.wait_for("the code is").split("the code is ")[1][:7]
+            code = node.wait_for("asked for by").removeprefix("code ")[:7]
             said, _ = pairing.communicate(f"{code}\n".encode(), timeout=30)
             assert pairing.returncode == 0
             assert b"paired with attic" in said

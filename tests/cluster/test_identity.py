@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import os
+import ssl
 import stat
 import sys
 from datetime import UTC, datetime, timedelta
@@ -79,7 +80,7 @@ def test_a_key_of_another_certificate_is_refused(tmp_path, machines):
         Identity.load(tmp_path)
 
 
-def forged(name="laptop", host=None, key=None, signer=None):
+def forged(name="laptop", host=None, key=None, signer=None, names=None):
     """A certificate that localreason would not make."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name, _validate=False)])
@@ -88,7 +89,16 @@ def forged(name="laptop", host=None, key=None, signer=None):
     builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + timedelta(days=1))
     if host:
         builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
+    if names:
+        unread = x509.UnrecognizedExtension(x509.OID_SUBJECT_ALTERNATIVE_NAME, names)
+        builder = builder.add_extension(unread, critical=False)
     return builder.sign(signer or key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def named_by_bits():
+    """A certificate whose name is a BIT STRING in place of a text."""
+    der = ssl.PEM_cert_to_DER_cert(forged(name="\0bits").decode())
+    return ssl.DER_cert_to_PEM_cert(der.replace(b"\x0c\x05\0bits", b"\x03\x05\0bits")).encode()
 
 
 @pytest.mark.filterwarnings("ignore:Attribute's length")
@@ -109,6 +119,8 @@ def test_certificates_from_the_network_are_checked(machines):
         forged(host=other_host),
         forged(name="a\x1b[31m"),
         forged(name="x" * 65),
+        forged(names=bytes.fromhex("3006a5040c026162")),  # an ediPartyName, which cryptography does not read
+        named_by_bits(),
         forged(key=ec.generate_private_key(ec.SECP384R1())),
         forged(signer=ec.generate_private_key(ec.SECP256R1())),
     ):

@@ -9,6 +9,7 @@ import pytest
 from localreason.cluster.errors import PairingFailed
 from localreason.cluster.identity import Identity, Peers
 from localreason.cluster.pairing import PairingServer, pair
+from tests.cluster.test_identity import forged, named_by_bits
 
 
 class Machine:
@@ -42,7 +43,7 @@ class Screen:
 
     @property
     def codes(self):
-        return [match[1] for line in self.lines if (match := re.search(r"the code is (\d{3} \d{3}) ", line))]
+        return [match[1] for line in self.lines if (match := re.match(r"code (\d{3} \d{3}) ", line))]
 
 
 @pytest.fixture
@@ -90,7 +91,8 @@ def test_both_sides_store_each_other(node, head):
             assert peer.certificate == node.identity.certificate
             assert "tower" in prompts[0]
             await screen.until("paired with laptop")
-            assert re.fullmatch(r"laptop wants to pair; the code is \d{3} \d{3} \(valid 120 s\)", screen.lines[0])
+            said = r"code \d{3} \d{3} \(valid 120 s\), asked for by a machine that calls itself 'laptop'"
+            assert re.fullmatch(said, screen.lines[0])
             await attempt(head, port, lambda prompt: screen.codes[-1])
 
     asyncio.run(run())
@@ -104,7 +106,7 @@ def test_a_wrong_code_stores_nothing_and_the_old_code_is_dead(node, head):
         async with pairing(node, clock=clock) as (port, screen):
             with pytest.raises(PairingFailed, match="the code is wrong"):
                 await attempt(head, port, lambda prompt: wrong(screen.codes[-1]))
-            await screen.until("pairing with laptop failed")
+            await screen.until("pairing with 'laptop' failed")
             with pytest.raises(PairingFailed, match="try again in 1 s"):
                 await attempt(head, port, lambda prompt: screen.codes[0])
             clock.now += 1.1
@@ -298,6 +300,19 @@ def test_a_second_line_that_is_not_sound_gets_no_proof(node, head, n):
     assert node.trusted == []
 
 
+@pytest.mark.parametrize("make", [lambda: forged(names=bytes.fromhex("3006a5040c026162")), named_by_bits])
+def test_a_certificate_that_nobody_can_read_counts_as_an_attempt(node, make):
+    second = {"message": "41" + "07" * 32, "certificate": make().decode(), "proof": "00" * 32}
+
+    async def run():
+        async with pairing(node) as (port, screen):
+            assert (await talk(port, KNOCK, json.dumps(second).encode() + b"\n"))[-1]["error"] == "broken"
+            assert (await talk(port, KNOCK))[-1]["error"] == "wait"
+            assert len(screen.codes) == 1
+
+    asyncio.run(run())
+
+
 GARBAGE = [
     b"\x16\x03\x01\x02\x00\xff\xfe\n",
     b"x" * 20_000,
@@ -335,7 +350,7 @@ def test_silence_and_early_close_do_not_stop_the_next(node, head):
             await writer.wait_closed()
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(KNOCK)
-            await screen.until("wants to pair")
+            await screen.until("asked for by")
             writer.close()
             await writer.wait_closed()
             await screen.until("failed")
@@ -352,7 +367,7 @@ def test_one_pairing_at_a_time(tmp_path, node, head):
         async with pairing(node) as (port, screen):
             typed = threading.Event()
             first = asyncio.create_task(attempt(head, port, lambda prompt: typed.wait(5) and screen.codes[-1]))
-            await screen.until("laptop wants")
+            await screen.until("itself 'laptop'")
             with pytest.raises(PairingFailed, match="pairing with another machine"):
                 await attempt(other, port, lambda prompt: "000000")
             assert len(screen.codes) == 1
@@ -380,7 +395,7 @@ def test_stopping_tells_the_waiting_head(node, head):
         async with pairing(node) as (port, screen):
             typed = threading.Event()
             waiting = asyncio.create_task(attempt(head, port, lambda prompt: str(typed.wait(5))))
-            await screen.until("wants to pair")
+            await screen.until("asked for by")
         with pytest.raises(PairingFailed, match="stopped pairing"):
             await waiting
         typed.set()
@@ -423,6 +438,21 @@ def test_a_node_that_answers_strangely(head, line, message):
             with pytest.raises(PairingFailed, match=message) as caught:
                 await attempt(head, server.sockets[0].getsockname()[1], lambda prompt: "000000")
             assert str(caught.value).isprintable()
+
+    asyncio.run(run())
+
+
+def test_a_name_cannot_pass_for_a_code(node):
+    knock = {"version": 1, "name": "code 123 456 (valid 120 s), asked for by 'laptop'"}
+
+    async def run():
+        async with pairing(node) as (port, screen):
+            await talk(port, json.dumps(knock).encode() + b"\n", b"{}\n")
+            await screen.until("failed")
+            assert re.match(r"code \d{3} \d{3} \(valid 120 s\), asked for by a machine", screen.lines[0])
+            assert all(
+                line.endswith(("'code 123 456 (valid …'", "'code 123 456 (valid …' failed")) for line in screen.lines
+            )
 
     asyncio.run(run())
 
