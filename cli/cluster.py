@@ -30,11 +30,11 @@ def list_nodes(peers: Peers = None, is_json: Json = False) -> None:
     Example:
       localreason cluster list --peer 192.168.1.20:7411
     """
-    from .ring import LOOK_SECONDS, make_home
+    from .ring import LOOK_SECONDS, make_home, tell
 
     settings = config.load({"peers": peers})
     home = make_home(settings)
-    seen = asyncio.run(home.survey(LOOK_SECONDS, settings.settings.peers))
+    seen = asyncio.run(home.survey(LOOK_SECONDS, settings.settings.peers, tell=tell))
     missing = [peer for peer in home.peers.list() if peer.id not in {one.id for one in seen}]
     rows = [_row(one) for one in seen]
     rows += [{"name": p.name, "id": p.id, "address": None, "state": "paired, not there now"} for p in missing]
@@ -142,14 +142,14 @@ def status(peers: Peers = None, is_json: Json = False) -> None:
     """Show what the nodes are doing, and how long a message takes to them."""
     from ..cluster.errors import ClusterError
     from ..cluster.member import Member
-    from .ring import LOOK_SECONDS, make_home
+    from .ring import LOOK_SECONDS, make_home, tell
 
     settings = config.load({"peers": peers})
     home = make_home(settings)
 
     async def look() -> list[dict[str, Any]]:
         rows = []
-        for one in await home.survey(LOOK_SECONDS, settings.settings.peers):
+        for one in await home.survey(LOOK_SECONDS, settings.settings.peers, tell=tell):
             row = _row(one)
             if one.reply is not None and one.address is not None:
                 member = Member(one.address, home.gate)

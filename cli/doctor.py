@@ -121,7 +121,8 @@ async def look_at_nodes(home: "Home", named: Sequence[str]) -> list[dict[str, An
     from .ring import LOOK_SECONDS
 
     rows: list[dict[str, Any]] = []
-    seen = await home.survey(LOOK_SECONDS, named)
+    reasons: list[str] = []
+    seen = await home.survey(LOOK_SECONDS, named, tell=reasons.append)
     for one in seen:
         found, means = one.problem or "ready", ""
         if one.reply is not None and one.address is not None:
@@ -137,7 +138,8 @@ async def look_at_nodes(home: "Home", named: Sequence[str]) -> list[dict[str, An
         rows.append(_row(f"node {one.name}", found, means, not one.problem))
         if one.reply is not None:
             rows.append(clock_row(one.name, one.clock_seconds))
-    if not seen:
+    rows += [_row("nodes", reason, ok=False) for reason in reasons]
+    if not seen and not reasons:
         rows.append(_row("nodes", "none", "run `localreason node` on another machine of the home"))
     return rows
 

@@ -1,10 +1,9 @@
 """This machine's place in the home: who it is, whom it trusts, what it keeps, and which nodes it can use now."""
 
 import asyncio
-import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -79,17 +78,25 @@ class Home:
         assert self.cache is not None
         return LinkBook(self.cache / "links.json")
 
-    async def survey(self, seconds: float, named: Sequence[str] = (), types: Sequence[str] = ()) -> list[Seen]:
+    async def survey(
+        self,
+        seconds: float,
+        named: Sequence[str] = (),
+        types: Sequence[str] = (),
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> list[Seen]:
         """Nodes that announce themselves within `seconds` and those that are named as host:port, each asked who it is.
 
-        `types` of weights ask for a profile too, which takes seconds the first time. Raises InputError for a name
-        that is no address.
+        `types` of weights ask for a profile too, which takes seconds the first time. `tell` is given why nobody was
+        looked for, where nobody is named. Raises InputError for a name that is no address.
         """
         targets = [parse_peer(text) for text in named]
         found: list[Found] = []
-        # Where there is no network to look on, those that are named may be reached all the same.
-        with contextlib.suppress(*((ClusterError,) if named else ())):
+        try:
             found = [] if self.is_plain or not seconds else await browse(seconds)
+        except ClusterError as error:  # those that are named may be reached all the same
+            if not named:
+                tell(str(error))
         found = [other for other in found if other.id != self.identity.id]
         asked = [self._ask_found(other, list(types)) for other in found]
         asked += [self._ask_named(host, port, list(types)) for host, port in targets]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from zeroconf import ServiceInfo
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
+from localreason.cli.doctor import _network
 from localreason.cli.node import _announce
 from localreason.cluster.discovery import (
     SERVICE,
@@ -151,8 +152,11 @@ def test_without_a_network_to_look_on_named_nodes_are_asked_all_the_same(monkeyp
     home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
     [seen] = asyncio.run(home.survey(0.1, ["127.0.0.1:1"]))
     assert "is not paired" in seen.problem
-    with pytest.raises(ClusterError, match="give HOST:PORT"):
-        asyncio.run(home.survey(0.1))
+    told = []
+    assert asyncio.run(home.survey(0.1, tell=told.append)) == []
+    assert "give HOST:PORT" in told[0]
+    [multicast, nodes] = [row for row in asyncio.run(_network(home, ())) if not row["ok"]][1:]
+    assert (multicast["found"], nodes["found"]) == (told[0], told[0])
 
 
 def test_a_node_that_cannot_be_announced_says_so_and_how_it_is_reached(monkeypatch, capsys):
