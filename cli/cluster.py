@@ -48,7 +48,9 @@ def list_nodes(peers: Peers = None, is_json: Json = False) -> None:
 
 
 def _row(seen: "Seen") -> dict[str, Any]:
-    address = f"{seen.address.host}:{seen.address.port}" if seen.address else None
+    from ..cluster.discovery import write_peer
+
+    address = write_peer(seen.address.host, seen.address.port) if seen.address else None
     return {"name": seen.name, "id": seen.id, "address": address, "state": seen.problem or "ready"}
 
 

@@ -225,6 +225,11 @@ def parse_peer(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def write_peer(host: str, port: int) -> str:
+    """Host and port as `parse_peer` reads them."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def usability(found: Found, version: int, peers: Sequence[Peer], own_id: str = "") -> str | None:
     """Why a ring cannot use this node, None if it can as far as is known here."""
     if found.id == own_id:

@@ -4,6 +4,7 @@ from typing import Any
 
 import grpc
 
+from .discovery import write_peer
 from .errors import ClusterError, ProtocolError
 from .identity import Identity, Peers, channel_credentials, channel_options, fingerprint, server_credentials
 from .node import OPTIONS
@@ -72,5 +73,5 @@ class PlainGate:
 
 
 def target(host: str, port: int) -> str:
-    """Host and port as gRPC writes them."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    """Host and port as gRPC reads them: as a URI, in which the % before a zone is escaped."""
+    return write_peer(host.replace("%", "%25"), port)

@@ -1,6 +1,7 @@
 """This machine's place in the home: who it is, whom it trusts, what it keeps, and which nodes it can use now."""
 
 import asyncio
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import platformdirs
 
+from ..runtime.errors import InputError
 from .codec import PROTOCOL
-from .discovery import Found, browse, parse_peer, usability
+from .discovery import Found, browse, parse_peer, usability, write_peer
 from .errors import ClusterError
 from .gate import LOOPBACK, PlainGate, TlsGate
-from .identity import Identity, Peers
+from .identity import Identity, Peer, Peers
 from .link import LinkBook
 from .member import STRANGER, UNTRUSTED, Address, Member
 from .store import Store
@@ -143,7 +145,7 @@ class Home:
         return Seen(found.name, found.id, None, problem)
 
     async def _ask_named(self, host: str, port: int, types: list[str]) -> Seen:
-        label = f"{host}:{port}"
+        label = write_peer(host, port)
         if self.is_plain:
             seen = await self._ask(Address(label, host, port), label, types)
             if seen.reply is None:
@@ -156,8 +158,8 @@ class Home:
                 seen.reply,
                 seen.clock_seconds,
             )
-        problem = f"is not paired: run `localreason cluster pair {label}`"
-        for peer in sorted(self.peers.list(), key=lambda peer: peer.address.rpartition(":")[0] != host):
+        problem = f"is not paired: run `localreason cluster pair {shlex.quote(label)}`"
+        for peer in sorted(self.peers.list(), key=lambda peer: _host(peer) != host):
             seen = await self._ask(Address(peer.name, host, port, peer.certificate.decode()), peer.id, types)
             if seen.reply is not None or UNTRUSTED in seen.problem:
                 return seen
@@ -195,3 +197,11 @@ class Home:
         elif reply.held_by:
             problem = f"{_BUSY} {reply.held_by}"
         return Seen(address.name, id, address, problem, reply, off)
+
+
+def _host(peer: Peer) -> str:
+    """Where a machine was met, "" where that is not known."""
+    try:
+        return parse_peer(peer.address)[0]
+    except InputError:
+        return ""

@@ -10,6 +10,7 @@ import grpc
 
 from ..quant.gguf import ModelFile, Part, Window
 from .codec import PROTOCOL
+from .discovery import write_peer
 from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
 from .link import Link, measure_link
 from .node import BEAT_SECONDS
@@ -107,7 +108,7 @@ class Member:
             # TLS 1.3 refuses a client after its handshake, which looks like an end of the connection, and at once.
             if why == _UNREACHABLE and self.address.certificate and await self._is_listening():
                 why = UNTRUSTED if seconds < _CALL_SECONDS else _ASLEEP
-            raise NodeLost(f"{self.name} at {self.address.host}:{self.address.port} {why}") from error
+            raise NodeLost(f"{self.name} at {write_peer(self.address.host, self.address.port)} {why}") from error
         if reply.protocol != PROTOCOL:
             raise ProtocolError(
                 f"{self.name} speaks protocol {reply.protocol} and this machine {PROTOCOL}; update the older one"

@@ -22,6 +22,7 @@ from typing import Any
 
 from spake2 import SPAKE2_A, SPAKE2_B
 
+from .discovery import write_peer
 from .errors import ClusterError, PairingFailed, ProtocolError
 from .handshake import (
     IDS,
@@ -199,7 +200,7 @@ async def pair(
     host: str, port: int, identity: Identity, peers: Peers, ask_code: Callable[[str], str], timeout: float = 150.0
 ) -> Peer:
     """Pair with the node at this address; `ask_code` may block, for it runs in a thread. Raises PairingFailed."""
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    where = write_peer(host, port)
     try:
         async with asyncio.timeout(min(LINE_SECONDS, timeout)):
             line = Line(*await asyncio.open_connection(host, port, limit=MOST_LINE_BYTES))

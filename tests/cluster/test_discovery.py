@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from zeroconf import ServiceInfo
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
+from localreason.cli.cluster import _row
 from localreason.cli.doctor import _network
 from localreason.cli.node import _announce
 from localreason.cluster.discovery import (
@@ -24,10 +25,14 @@ from localreason.cluster.discovery import (
     usability,
     useful_addresses,
     watch,
+    write_peer,
 )
 from localreason.cluster.errors import ClusterError
-from localreason.cluster.home import Home
-from localreason.cluster.identity import Peer
+from localreason.cluster.gate import target
+from localreason.cluster.home import Home, Seen
+from localreason.cluster.identity import Identity, Peer
+from localreason.cluster.member import Address
+from localreason.cluster.wire.ring_pb2 import DescribeReply
 from localreason.runtime.errors import InputError
 
 ID, OTHER = "0123456789abcdef", "fedcba9876543210"
@@ -180,6 +185,33 @@ def test_a_node_that_cannot_be_announced_says_so_and_how_it_is_reached(monkeypat
 )
 def test_addresses_of_peers(text, peer):
     assert parse_peer(text) == peer
+    assert parse_peer(write_peer(*peer)) == peer
+
+
+def test_grpc_takes_its_targets_for_uris():
+    assert target("fe80::1%16", 7411) == "[fe80::1%2516]:7411"
+    assert target("tower.local", 7411) == "tower.local:7411"
+
+
+def test_a_node_that_is_named_by_ipv6_is_called_by_what_can_be_typed(tmp_path):
+    home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
+    [seen] = asyncio.run(home.survey(0, ["[fd00::2]:7599"]))
+    assert seen.problem.endswith("`localreason cluster pair '[fd00::2]:7599'`")
+    seen = Seen("attic", ID, Address("attic", "fd00::2", 7599))
+    assert _row(seen)["address"] == "[fd00::2]:7599"
+
+
+def test_the_machine_that_was_met_at_an_address_is_tried_first_there(tmp_path, monkeypatch):
+    home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
+    for name, address in (("attic", "192.168.1.7:7412"), ("desk", "[fd00::2]:7412"), ("phone", "")):
+        home.peers.add(Identity.load(tmp_path / name, name).certificate, address)
+
+    async def ask(self, address, id, types):
+        return Seen(address.name, id, address, "", DescribeReply())
+
+    monkeypatch.setattr(Home, "_ask", ask)
+    assert asyncio.run(home.survey(0, ["[fd00::2]:7411"]))[0].name == "desk"
+    assert asyncio.run(home.survey(0, ["192.168.1.7"]))[0].name == "attic"
 
 
 BAD_PEERS = [
