@@ -1,6 +1,7 @@
 """`localreason cluster`: which machines there are, whom this one trusts, what a plan would be."""
 
 import asyncio
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..runtime.errors import InputError
 from . import config
 
 if TYPE_CHECKING:
+    from ..cluster.discovery import Found
     from ..cluster.home import Seen
 
 app = typer.Typer(
@@ -82,13 +84,19 @@ def pair(
 
 
 async def _find(node: str) -> tuple[str, int]:
-    """Host and port of a node by its name or address. Raises InputError."""
-    from ..cluster.discovery import browse, parse_peer
+    """Host and port of a node by its name or address. Raises InputError, and ClusterError where none can be found."""
+    from ..cluster.discovery import browse, is_address, parse_peer
+    from ..cluster.errors import ClusterError
     from .ring import LOOK_SECONDS
 
-    if ":" in node or "." in node:
+    if is_address(node):
         return parse_peer(node)
-    found = [one for one in await browse(LOOK_SECONDS) if node in (one.name, one.id)]
+    may_be_host = ":" in node or "." in node  # or a name: those of many systems end with .local or .lan
+    found: list[Found] = []
+    with contextlib.suppress(*((ClusterError,) if may_be_host else ())):
+        found = [one for one in await browse(LOOK_SECONDS) if node in (one.name, one.id)]
+    if not found and may_be_host:
+        return parse_peer(node)
     if len(found) > 1:
         raise InputError(f"{len(found)} nodes are named {node!r}; give one of the ids {', '.join(f.id for f in found)}")
     if not found:

@@ -191,7 +191,7 @@ def read(info: Any) -> Found | None:
         and is_name(name)
         and re.fullmatch("[0-9]{1,5}", version)
         and isinstance(info.port, int)
-        and 0 < info.port < 65536
+        and 0 < info.port < 65535  # pairing listens one above
         and addresses
     )
     return Found(name, id, addresses, info.port, int(version)) if is_sound else None
@@ -220,9 +220,28 @@ def parse_peer(text: str) -> tuple[str, int]:
             ipaddress.IPv6Address(host)
         except ValueError as error:
             raise InputError(problem) from error
-    if not (len(host) <= 253 and host.isprintable() and 0 < int(port) < 65536):
+    elif not _is_host(host):
+        raise InputError(problem)
+    if not 0 < int(port) < 65536:
         raise InputError(problem)
     return host, int(port)
+
+
+def is_address(text: str) -> bool:
+    """Whether this is a number of IPv4 or IPv6, with or without a port, and so nobody's name."""
+    try:
+        ipaddress.ip_address(parse_peer(text)[0])
+    except (InputError, ValueError):
+        return False
+    return True
+
+
+def _is_host(text: str) -> bool:
+    """Whether a system can be asked for this name: it has labels of at most 63 bytes, and none is empty."""
+    try:
+        return len(text) <= 253 and text.isprintable() and bool(text.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def write_peer(host: str, port: int) -> str:

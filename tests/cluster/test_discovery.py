@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from zeroconf import ServiceInfo
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
-from localreason.cli.cluster import _row
+from localreason.cli.cluster import _find, _row
 from localreason.cli.doctor import _network
 from localreason.cli.node import _announce
+from localreason.cluster import discovery
 from localreason.cluster.discovery import (
     SERVICE,
     Announcement,
@@ -93,6 +94,7 @@ def test_a_sound_record_is_read():
         record({"v": "1", "id": ID, "name": None}),
         record(port=0),
         record(port=None),
+        record(port=65535),  # pairing would listen one above
         record(port=65536),
         record(addresses=()),
     ],
@@ -229,6 +231,8 @@ BAD_PEERS = [
     "[a]:1",
     "[fd00::2",
     "x" * 254,
+    "attic..lan:7411",
+    f"{'a' * 64}.lan",
     "\0",
 ]
 
@@ -245,6 +249,26 @@ def test_any_text_is_an_address_or_an_input_error(text):
         host, port = parse_peer(text)
         assert host
         assert 0 < port < 65536
+
+
+def test_names_with_dots_and_colons_are_looked_for_before_they_are_addresses(monkeypatch):
+    async def there(seconds):
+        return [Found(name, ID, ("127.0.0.1",), port, 1) for name in ("attic.lan", "den:2")]
+
+    async def nobody(seconds):
+        raise ClusterError("no network")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1] - 1
+        monkeypatch.setattr(discovery, "browse", there)
+        assert asyncio.run(_find("attic.lan")) == ("127.0.0.1", port)
+        assert asyncio.run(_find("den:2")) == ("127.0.0.1", port)
+        assert asyncio.run(_find("attic.local:7500")) == ("attic.local", 7500)
+    monkeypatch.setattr(discovery, "browse", nobody)
+    assert asyncio.run(_find("attic.lan")) == ("attic.lan", 7411)
+    assert asyncio.run(_find("127.0.0.1:7500")) == ("127.0.0.1", 7500)
+    with pytest.raises(ClusterError, match="no network"):
+        asyncio.run(_find("the attic"))
 
 
 def test_why_a_node_cannot_be_used():
