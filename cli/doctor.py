@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 import shutil
 import socket
 from collections.abc import Sequence
@@ -103,8 +104,10 @@ async def _network(home: "Home", named: tuple[str, ...]) -> list[dict[str, Any]]
             _row(what, f"{port} is {'free' if is_free else 'taken, by a node that runs here or by something else'}")
         )
     try:
-        async with announce(Announcement(home.identity.name, home.identity.id, DEFAULT_PORT, PROTOCOL)):
-            is_heard = any(found.id == home.identity.id for found in await browse(LOOK_SECONDS))
+        # Not this machine's id: a node that runs here has that.
+        probe = Announcement("localreason doctor", secrets.token_hex(8), DEFAULT_PORT, PROTOCOL)
+        async with announce(probe):
+            is_heard = any(found.id == probe.id for found in await browse(LOOK_SECONDS))
         means = "" if is_heard else "nodes cannot be found by themselves; name them with --peer HOST:PORT"
         rows.append(
             _row("multicast", "heard its own announcement" if is_heard else "did not hear itself", means, is_heard)

@@ -30,8 +30,9 @@ _MOST_NODES = 256
 _MOST_ADDRESSES = 16
 _ID = re.compile(r"[0-9a-f]{16}")
 _VIRTUAL = re.compile(
-    r"(docker|podman|br-|veth|virbr|vmnet|vmware|vboxnet|virtualbox|lxc|lxd|cni|tun|tap|wg|utun|tailscale|zt|ham|ppp|awdl"
-    r"|llw|loopback|lo\d*$)",
+    r"(docker|podman|br-[0-9a-f]{12}$|veth|virbr|incusbr|vmnet|vmware|vboxnet|virtualbox|lxc|lxd|cni|flannel|kube"
+    r"|tun|tap|wg|utun|tailscale|zt|ham|ppp|ipsec|nebula|outline|vpn|openvpn|protonvpn|cscotun|gpd|awdl|llw|loopback"
+    r"|lo\d*$)",
     re.IGNORECASE,
 )
 """Interfaces of containers, virtual machines, VPNs and of this machine alone: no other machine at home is behind."""
@@ -71,10 +72,7 @@ def useful_addresses(is_loopback: bool = False) -> list[str]:
     found: list[str] = []
     for name, rows in psutil.net_if_addrs().items():
         state = states.get(name)
-        # Windows tells no flags.
-        if state is None or not state.isup or not (is_loopback or not state.flags or "multicast" in state.flags):
-            continue
-        if not is_loopback and _VIRTUAL.match(name):
+        if state is None or not state.isup or not (is_loopback or _is_of_home(name, state.flags)):
             continue
         texts = [row.address for row in rows if row.family in (socket.AF_INET, socket.AF_INET6)]
         addresses = [ipaddress.ip_address(text) for text in texts]
@@ -83,6 +81,12 @@ def useful_addresses(is_loopback: bool = False) -> list[str]:
         addresses = [address for address in addresses if not address.is_link_local] or addresses
         found += [str(address) for address in addresses]
     return sorted(dict.fromkeys(found), key=lambda text: ":" in text)
+
+
+def _is_of_home(name: str, flags: str) -> bool:
+    """Whether other machines at home may be behind an interface; Windows tells no flags."""
+    told = flags.split(",") if flags else ["multicast"]
+    return "multicast" in told and "pointopoint" not in told and not _VIRTUAL.match(name)
 
 
 def _open(addresses: Sequence[str]) -> AsyncZeroconf:
@@ -122,8 +126,8 @@ async def announce(announcement: Announcement, is_loopback: bool = False) -> Asy
             await zeroconf.async_register_service(info)
         except (Error, OSError) as error:
             raise ClusterError(
-                f"{announcement.name} cannot be announced: {error or type(error).__name__}; stop another node of this "
-                "machine, if one runs"
+                f"{announcement.name} cannot be announced: {str(error) or type(error).__name__}; stop another node of "
+                "this machine, if one runs"
             ) from error
         yield addresses
 

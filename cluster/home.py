@@ -4,7 +4,7 @@ import asyncio
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -107,17 +107,11 @@ class Home:
         for one in seen:  # one that was both found and named, the usable of the two
             if one.id not in first or first[one.id].problem:
                 first[one.id] = one
-        names = [one.name for one in first.values()]
-        # A ring tells nodes apart by their names, and "head" is this machine.
-        return sorted(
-            (
-                replace(one, name=f"{one.name}-{one.id[:4]}")
-                if one.name == "head" or names.count(one.name) > 1
-                else one
-                for one in first.values()
-            ),
-            key=lambda one: one.name,
-        )
+        paired = {peer.id for peer in self.peers.list()}
+        # A stranger that gives itself the name of a paired machine takes none away.
+        ours = _told_apart([one for one in first.values() if one.id in paired])
+        others = _told_apart([one for one in first.values() if one.id not in paired], {one.name for one in ours})
+        return sorted([*ours, *others], key=lambda one: one.name)
 
     async def await_free(self, seen: Sequence[Seen], seconds: float, types: Sequence[str] = ()) -> list[Seen]:
         """The nodes of a survey, those that are busy asked again until they are free, for `seconds` at most."""
@@ -197,6 +191,25 @@ class Home:
         elif reply.held_by:
             problem = f"{_BUSY} {reply.held_by}"
         return Seen(address.name, id, address, problem, reply, off)
+
+
+def _told_apart(seen: Sequence[Seen], taken: Collection[str] = ()) -> list[Seen]:
+    """Nodes by names of their own, for a ring tells them apart by these, and "head" is this machine: a name that is
+    taken, or that several have, is followed by so much of the id as it needs."""
+    names = [one.name for one in seen]
+    used = {"head", *taken}
+
+    def own(one: Seen) -> str:
+        if one.name not in used and names.count(one.name) == 1:
+            return one.name
+        others = [other.id for other in seen if other.name == one.name and other.id != one.id]
+        for n in range(4, len(one.id)):
+            name = f"{one.name}-{one.id[:n]}"
+            if not any(id.startswith(one.id[:n]) for id in others) and name not in used and name not in names:
+                return name
+        return f"{one.name}-{one.id}"
+
+    return [replace(one, name=own(one)) for one in seen]
 
 
 def _host(peer: Peer) -> str:

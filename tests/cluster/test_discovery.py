@@ -7,7 +7,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from zeroconf import ServiceInfo
+from zeroconf import NonUniqueNameException, ServiceInfo
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from localreason.cli.cluster import _find, _row
@@ -30,7 +30,7 @@ from localreason.cluster.discovery import (
 )
 from localreason.cluster.errors import ClusterError
 from localreason.cluster.gate import target
-from localreason.cluster.home import Home, Seen
+from localreason.cluster.home import Home, Seen, _told_apart
 from localreason.cluster.identity import Identity, Peer
 from localreason.cluster.member import Address
 from localreason.cluster.wire.ring_pb2 import DescribeReply
@@ -128,8 +128,21 @@ CAST = "up,broadcast,running,multicast"
 
 
 def test_only_interfaces_of_the_home_are_used(monkeypatch):
-    virtual = ["docker0", "br-1f2e", "veth12", "vEthernet (WSL)", "virbr0", "vmnet8", "vboxnet0", "tun0", "tap0", "wg0"]
+    virtual = [
+        "docker0",
+        "br-1f2e3d4c5b6a",
+        "veth12",
+        "vEthernet (WSL)",
+        "virbr0",
+        "vmnet8",
+        "vboxnet0",
+        "tun0",
+        "tap0",
+        "wg0",
+    ]
     virtual += ["utun3", "tailscale0", "ztabc", "ham0", "ppp0", "awdl0", "llw0", "lo0"]
+    virtual += ["cscotun0", "gpd0", "ipsec0", "nebula1", "outline-tun0", "vpn0", "OpenVPN Wintun", "ProtonVPN"]
+    virtual += ["incusbr0", "flannel.1", "kube-bridge"]
     table = {name: (True, CAST, [f"10.9.{i}.1"]) for i, name in enumerate(virtual)}
     table |= {
         "lo": (True, "up,loopback", ["127.0.0.1", "::1"]),
@@ -137,12 +150,14 @@ def test_only_interfaces_of_the_home_are_used(monkeypatch):
         "wlan0": (True, CAST, ["192.168.1.8", "192.168.1.7"]),
         "eth1": (False, "broadcast,multicast", ["192.168.2.1"]),
         "eth2": (True, "up,pointopoint", ["192.168.3.1"]),
+        "eth3": (True, "up,pointopoint,running,noarp,multicast", ["192.168.3.2"]),
+        "br-lan": (True, CAST, ["192.168.6.1"]),
         "Local Area Connection": (True, "", ["192.168.4.1"]),
         "br0": (True, CAST, ["192.168.5.1"]),
         "usb0": (True, CAST, ["fe80::2%usb0"]),
     }
     interfaces(monkeypatch, table)
-    home = ["192.168.1.7", "192.168.1.8", "192.168.4.1", "192.168.5.1", "fd00::2", "fe80::2%usb0"]
+    home = ["192.168.1.7", "192.168.1.8", "192.168.6.1", "192.168.4.1", "192.168.5.1", "fd00::2", "fe80::2%usb0"]
     assert useful_addresses() == home
     assert useful_addresses(is_loopback=True) == ["127.0.0.1", "::1"]
 
@@ -269,6 +284,67 @@ def test_names_with_dots_and_colons_are_looked_for_before_they_are_addresses(mon
     assert asyncio.run(_find("127.0.0.1:7500")) == ("127.0.0.1", 7500)
     with pytest.raises(ClusterError, match="no network"):
         asyncio.run(_find("the attic"))
+
+
+def test_a_stranger_takes_no_name_from_a_paired_machine():
+    ours = _told_apart([Seen("attic", ID, None), Seen("head", OTHER, None)])
+    assert [one.name for one in ours] == ["attic", "head-fedc"]
+    strangers = [Seen("attic", "a" * 16, None), Seen("attic", "a" * 15 + "b", None), Seen("den", "c" * 16, None)]
+    names = [one.name for one in _told_apart(strangers, {one.name for one in ours})]
+    assert names == ["attic-" + "a" * 16, "attic-" + "a" * 15 + "b", "den"]
+    plain = [Seen("pc", "127.0.0.1:7500", None), Seen("pc", "127.0.0.1:7600", None)]
+    assert [one.name for one in _told_apart(plain)] == ["pc-127.0.0.1:75", "pc-127.0.0.1:76"]
+
+
+def test_an_unpaired_machine_of_the_same_name_leaves_the_paired_one_its_own(tmp_path, monkeypatch):
+    home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
+    peer = home.peers.add(Identity.load(tmp_path / "attic", "attic").certificate)
+
+    async def there(seconds):
+        return [Found("attic", id, ("127.0.0.1",), 7411, 1) for id in (peer.id[:4] + "0" * 12, peer.id)]
+
+    async def ask(self, address, id, types):
+        return Seen(address.name, id, address, "", DescribeReply())
+
+    monkeypatch.setattr("localreason.cluster.home.browse", there)
+    monkeypatch.setattr(Home, "_ask", ask)
+    paired, stranger = asyncio.run(home.survey(1))
+    assert (paired.name, paired.id) == ("attic", peer.id)
+    assert stranger.name == f"attic-{peer.id[:4]}"
+
+
+def test_an_announcement_that_fails_without_a_word_is_told_by_its_kind(monkeypatch):
+    async def register(self, info):
+        raise NonUniqueNameException
+
+    monkeypatch.setattr(AsyncZeroconf, "async_register_service", register)
+
+    async def run():
+        async with announce(Announcement("attic", ID, 7411, 1), is_loopback=True):
+            pass
+
+    with pytest.raises(ClusterError, match="attic cannot be announced: NonUniqueNameException; stop another"):
+        asyncio.run(run())
+
+
+def test_the_doctor_announces_itself_beside_a_node_of_this_machine(tmp_path, monkeypatch):
+    home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
+    said = []
+
+    @contextlib.asynccontextmanager
+    async def announce(announcement):
+        said.append(announcement)
+        yield
+
+    async def there(seconds):
+        return [Found(one.name, one.id, ("127.0.0.1",), one.port, 1) for one in said]
+
+    monkeypatch.setattr(discovery, "announce", announce)
+    monkeypatch.setattr(discovery, "browse", there)
+    monkeypatch.setattr("localreason.cluster.home.browse", there)
+    rows = {row["what"]: row for row in asyncio.run(_network(home, ()))}
+    assert rows["multicast"]["ok"]
+    assert said[0].id != home.identity.id
 
 
 def test_why_a_node_cannot_be_used():
