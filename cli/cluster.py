@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None, add_completion=False, no_args_is_help=True, help="Pair, list and plan the home's machines."
 )
 
+_MOST_LINE_BYTES = 1024
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Peers = Annotated[list[str] | None, config.flag("peers", "--peer", show="HOST:PORT")]
 
@@ -77,10 +80,33 @@ def pair(
         raise InputError(f"pairing takes the port above the node's, and {port} is the last; start the node at another")
 
     def ask(prompt: str) -> str:
-        return code if code is not None else typer.prompt(prompt, prompt_suffix="")
+        return code if code is not None else ask_line(prompt)
 
     peer = asyncio.run(pair_with(host, port + 1, home.identity, home.peers, ask))
     print(f"paired with {peer.name} ({peer.id})")
+
+
+def ask_line(prompt: str) -> str:
+    """What a person types, or a program writes, on standard input. Raises EOFError at its end."""
+    if sys.stdin is not None and sys.stdin.isatty():
+        try:
+            return typer.prompt(prompt, prompt_suffix="")
+        except typer.Abort as error:
+            raise EOFError from error
+    typer.echo(prompt, nl=False)
+    # Not through sys.stdin: a thread that waits in it holds its lock, on which the interpreter dies at its end.
+    line = b""
+    while not line.endswith(b"\n") and len(line) < _MOST_LINE_BYTES:
+        try:
+            byte = os.read(0, 1)
+        except OSError as error:
+            raise EOFError from error
+        if not byte:
+            break
+        line += byte
+    if not line:
+        raise EOFError
+    return line.decode(errors="replace").strip()
 
 
 async def _find(node: str) -> tuple[str, int]:

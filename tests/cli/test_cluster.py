@@ -125,6 +125,23 @@ def test_a_wrong_code_pairs_nobody(run, tmp_path):
         assert "not paired" in run("cluster", "list", "--peer", f"127.0.0.1:{node.port}")[0]
 
 
+def test_no_code_on_standard_input_is_one_sentence(run, tmp_path):
+    with NodeProcess(tmp_path, "attic") as node:
+        pairing = [*RUN, "cluster", "pair", f"127.0.0.1:{node.port}"]
+        done = subprocess.run(pairing, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 1
+        assert "no code was given; run the command again" in done.stderr
+
+
+def test_a_pipe_that_stays_open_does_not_kill_the_command_at_its_end(run, tmp_path):
+    with NodeProcess(tmp_path, "attic") as node:
+        pairing = [*RUN, "cluster", "pair", f"127.0.0.1:{node.port}"]
+        process = subprocess.Popen(pairing, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
+        node.wait_for("asked for by")
+    assert process.wait(30) == 1, "with standard input still open"
+    assert "was not paired" in process.communicate()[1]
+
+
 def described(tmp_path, *gibibytes, speed=10e9):
     devices = [
         json.loads(
