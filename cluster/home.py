@@ -15,7 +15,7 @@ from .codec import PROTOCOL
 from .discovery import Found, browse, parse_peer, usability, write_peer
 from .errors import ClusterError
 from .gate import LOOPBACK, PlainGate, TlsGate
-from .identity import Identity, Peer, Peers
+from .identity import MOST_NAME, Identity, Peer, Peers, shown
 from .link import LinkBook
 from .member import STRANGER, UNTRUSTED, Address, Member
 from .store import Store
@@ -144,14 +144,8 @@ class Home:
             seen = await self._ask(Address(label, host, port), label, types)
             if seen.reply is None:
                 return seen
-            return Seen(
-                seen.reply.name,
-                label,
-                Address(seen.reply.name, host, port),
-                seen.problem,
-                seen.reply,
-                seen.clock_seconds,
-            )
+            name = shown(seen.reply.name, MOST_NAME)
+            return Seen(name, label, Address(name, host, port), seen.problem, seen.reply, seen.clock_seconds)
         problem = f"is not paired: run `localreason cluster pair {shlex.quote(label)}`"
         for peer in sorted(self.peers.list(), key=lambda peer: _host(peer) != host):
             seen = await self._ask(Address(peer.name, host, port, peer.certificate.decode()), peer.id, types)
@@ -189,7 +183,7 @@ class Home:
         if abs(off) > MOST_CLOCK_SECONDS:
             problem = f"has a clock that is off by {off / 3600:.0f} hours; set it"
         elif reply.held_by:
-            problem = f"{_BUSY} {reply.held_by}"
+            problem = f"{_BUSY} {shown(reply.held_by, MOST_NAME)}"
         return Seen(address.name, id, address, problem, reply, off)
 
 

@@ -24,6 +24,8 @@ from cryptography.x509.oid import NameOID
 
 from .errors import ClusterError, ProtocolError
 
+MOST_NAME = 64
+"""Bytes, or of a name that is no more than shown, characters."""
 _MOST_PEM_BYTES = 4096
 _LOCK_SECONDS = 10.0
 _BEGIN = b"-----BEGIN CERTIFICATE-----"
@@ -38,7 +40,12 @@ def default_folder() -> Path:
 
 def is_name(text: object) -> bool:
     """Whether this can be the name of a machine: printable, not blank, at most 64 bytes in UTF-8, as X.509 has it."""
-    return isinstance(text, str) and text.isprintable() and text.strip() == text and 0 < len(text.encode()) <= 64
+    return isinstance(text, str) and text.isprintable() and text.strip() == text and 0 < len(text.encode()) <= MOST_NAME
+
+
+def shown(text: str, n: int) -> str:
+    """The first `n` characters of another machine's text, without those that would steer a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:n])
 
 
 def fingerprint(pem: bytes) -> str:

@@ -12,6 +12,7 @@ from ..quant.gguf import ModelFile, Part, Window
 from .codec import PROTOCOL
 from .discovery import write_peer
 from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
+from .identity import shown
 from .link import Link, measure_link
 from .node import BEAT_SECONDS
 from .store import Recipe
@@ -28,6 +29,7 @@ _PROFILE_SECONDS = 60.0
 _LOAD_SECONDS = 600.0
 _CHUNK = 1 << 20
 _OPEN_SECONDS = 2.0
+_MOST_TEXT = 1000
 UNTRUSTED = "does not trust this machine any more; pair again with `localreason cluster pair`"
 STRANGER = "is another machine than the one that was paired; pair again with `localreason cluster pair`"
 _NO_TLS = "answers without encryption: it runs with --plaintext, or is no node"
@@ -233,7 +235,8 @@ class Member:
                     self.busy_seconds = message.beat.busy_seconds
                     continue
                 if kind == "failure":
-                    self._lose(f"failed: {message.failure.text[:1000]}", message.failure)
+                    message.failure.text = shown(message.failure.text, _MOST_TEXT)
+                    self._lose(f"failed: {message.failure.text}", message.failure)
                     return
                 self._incoming.put_nowait(message)
             self._lose("ended the session")
@@ -254,7 +257,7 @@ class Member:
             return
         self._is_over = True
         told = told or wire.Failure(text=why)
-        self.error = (NodeBusy if told.is_busy else NodeLost)(f"{self.name}: {told.text[:1000]}")
+        self.error = (NodeBusy if told.is_busy else NodeLost)(f"{self.name}: {told.text}")
         self.ended.set()
         self._incoming.put_nowait(wire.FromNode())  # for who waits for a word
         self._on_loss(why, told.missed)
@@ -286,4 +289,4 @@ def reason(error: grpc.aio.AioRpcError) -> str:
         return UNTRUSTED
     if code is grpc.StatusCode.UNAVAILABLE:
         return _UNREACHABLE
-    return f"failed: {error.details()}"
+    return f"failed: {shown(error.details() or '', _MOST_TEXT)}"

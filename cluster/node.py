@@ -19,6 +19,7 @@ import grpc
 from ..runtime.errors import LocalReasonError
 from .codec import LONGEST_MESSAGE, PROTOCOL
 from .errors import ClusterError, HeadLost, NextLost, NodeBusy, ProtocolError
+from .identity import MOST_NAME, shown
 from .inlet import Inlet, read_options, read_recipe
 from .link import measured
 from .session import Session, Terms
@@ -159,7 +160,7 @@ class Node(service.RingServicer):
                 await asyncio.wait_for(self._free.wait(), _FREE_SECONDS)
             if self._holder:
                 raise NodeBusy(f"{self._options.name} is busy with {self._holder}; try again when that is done")
-            self._holder, is_mine = opening.open.head[:64] or "a head", True
+            self._holder, is_mine = shown(opening.open.head, MOST_NAME) or "a head", True
             self._free.clear()
             await self._serve(opening.open, inlet, outgoing, caller)
         except LocalReasonError as error:

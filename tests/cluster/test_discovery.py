@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import socket
+import time
 from types import SimpleNamespace
 
 import psutil
@@ -32,8 +33,8 @@ from localreason.cluster.errors import ClusterError
 from localreason.cluster.gate import target
 from localreason.cluster.home import Home, Seen, _told_apart
 from localreason.cluster.identity import Identity, Peer
-from localreason.cluster.member import Address
-from localreason.cluster.wire.ring_pb2 import DescribeReply
+from localreason.cluster.member import Address, Member
+from localreason.cluster.wire.ring_pb2 import DescribeReply, Failure, FromNode
 from localreason.runtime.errors import InputError
 
 ID, OTHER = "0123456789abcdef", "fedcba9876543210"
@@ -345,6 +346,26 @@ def test_the_doctor_announces_itself_beside_a_node_of_this_machine(tmp_path, mon
     rows = {row["what"]: row for row in asyncio.run(_network(home, ()))}
     assert rows["multicast"]["ok"]
     assert said[0].id != home.identity.id
+
+
+def test_what_other_machines_say_does_not_steer_the_terminal(tmp_path, monkeypatch):
+    async def describe(self, types=None):
+        return DescribeReply(name="any\x1b[2Jbody", held_by="\x1b[2Jall is well", unix_seconds=time.time())
+
+    async def call():
+        yield FromNode(failure=Failure(text="no\x1b[2J memory"))
+
+    async def run():
+        monkeypatch.setattr(Member, "describe", describe)
+        home = Home(tmp_path / "identity", tmp_path / "cache", True)
+        [seen] = await home.survey(0, ["127.0.0.1:7411"])
+        assert (seen.name, seen.problem) == ("any [2Jbody", "is busy with  [2Jall is well")
+        member, lost = Member(Address("attic", "127.0.0.1", 7411), home.gate), []
+        member._on_loss = lambda reason, missed=0: lost.append(reason)
+        await member._listen(call())
+        assert (str(member.error), lost) == ("attic: no [2J memory", ["failed: no [2J memory"])
+
+    asyncio.run(run())
 
 
 def test_why_a_node_cannot_be_used():
