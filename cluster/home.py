@@ -130,12 +130,19 @@ class Home:
             return Seen(found.name, found.id, None, problem)
         peer = next(peer for peer in self.peers.list() if peer.id == found.id)
         problem = "announces no address that can be reached"
-        for host in found.addresses:
-            address = Address(peer.name, host, found.port, peer.certificate.decode())
-            seen = await self._ask(address, found.id, types)
-            if not seen.problem or seen.reply is not None:
-                return seen
-            problem = seen.problem
+        addresses = [Address(peer.name, host, found.port, peer.certificate.decode()) for host in found.addresses]
+        # Anybody can announce addresses that swallow what is sent: all are asked at once, without the slow profile.
+        asking = [asyncio.create_task(self._ask(address, found.id, [])) for address in addresses]
+        try:
+            for answered in asyncio.as_completed(asking):
+                seen = await answered
+                if seen.reply is not None and seen.address is not None:
+                    return await self._ask(seen.address, found.id, types) if types else seen
+                problem = problem if UNTRUSTED in problem else seen.problem
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
         return Seen(found.name, found.id, None, problem)
 
     async def _ask_named(self, host: str, port: int, types: list[str]) -> Seen:

@@ -368,6 +368,34 @@ def test_what_other_machines_say_does_not_steer_the_terminal(tmp_path, monkeypat
     asyncio.run(run())
 
 
+def test_addresses_that_swallow_what_is_sent_do_not_hold_up_the_one_that_answers(tmp_path, monkeypatch):
+    home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
+    peer = home.peers.add(Identity.load(tmp_path / "attic", "attic").certificate)
+    asked, given_up = [], []
+
+    async def there(seconds):
+        return [Found("attic", peer.id, tuple(f"10.0.0.{i}" for i in range(1, 5)), 7411, 1)]
+
+    async def ask(self, address, id, types):
+        asked.append((address.host, types))
+        if address.host == "10.0.0.2":
+            return Seen(address.name, id, address, "cannot be reached")
+        if address.host != "10.0.0.4":
+            try:
+                await asyncio.Event().wait()
+            finally:
+                given_up.append(address.host)
+        return Seen(address.name, id, address, "", DescribeReply())
+
+    monkeypatch.setattr("localreason.cluster.home.browse", there)
+    monkeypatch.setattr(Home, "_ask", ask)
+    [seen] = asyncio.run(asyncio.wait_for(home.survey(1, types=["F32"]), 5))
+    assert seen.address is not None
+    assert seen.address.host == "10.0.0.4"
+    assert asked == [*((f"10.0.0.{i}", []) for i in range(1, 5)), ("10.0.0.4", ["F32"])]
+    assert given_up == ["10.0.0.1", "10.0.0.3"]
+
+
 def test_why_a_node_cannot_be_used():
     found, peer = Found("tower", ID, ("10.0.0.1",), 7411, 2), Peer(ID, "tower", b"", "", "")
     assert usability(found, 2, [peer]) is None
