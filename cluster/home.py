@@ -15,7 +15,7 @@ from .codec import PROTOCOL
 from .discovery import Found, browse, parse_peer, usability, write_peer
 from .errors import ClusterError
 from .gate import LOOPBACK, PlainGate, TlsGate
-from .identity import MOST_NAME, Identity, Peer, Peers, shown
+from .identity import MOST_NAME, OFF_DATE, Identity, Peer, Peers, off_date, shown
 from .link import LinkBook
 from .member import STRANGER, UNTRUSTED, Address, Member
 from .store import Store
@@ -26,6 +26,7 @@ MOST_CLOCK_SECONDS = 86_400
 _LIMIT_SHARE = 0.5
 _PLAIN_THERE = "speaks without encryption: start it without --plaintext, or set LOCALREASON_PLAINTEXT=1 here, for tests"
 _BUSY = "is busy with"
+_REFUSED = "refuses this machine, which"
 _AGAIN_SECONDS = 0.5
 
 
@@ -156,9 +157,11 @@ class Home:
         problem = f"is not paired: run `localreason cluster pair {shlex.quote(label)}`"
         for peer in sorted(self.peers.list(), key=lambda peer: _host(peer) != host):
             seen = await self._ask(Address(peer.name, host, port, peer.certificate.decode()), peer.id, types)
-            if seen.reply is not None or UNTRUSTED in seen.problem:
+            if seen.reply is not None or UNTRUSTED in seen.problem or seen.problem.startswith(_REFUSED):
                 return seen
-            if STRANGER not in seen.problem:
+            if seen.problem.startswith(OFF_DATE):
+                problem = f"may be {peer.name}, which {seen.problem}"
+            elif STRANGER not in seen.problem:
                 problem = seen.problem
                 break  # whoever it is, it does not answer the next one either
         if host in LOOPBACK and await self._is_plain_there(Address(label, host, port)):
@@ -182,7 +185,13 @@ class Home:
         try:
             reply = await member.describe(types)
         except ClusterError as error:
-            return Seen(address.name, id, address, str(error).removeprefix(address.name).strip())
+            problem = str(error).removeprefix(address.name).strip()
+            # TLS says no more of a date than of a certificate that is another's.
+            if STRANGER in problem:
+                problem = off_date(address.certificate.encode()) or problem
+            elif UNTRUSTED in problem and (off := off_date(self.identity.certificate)):
+                problem = f"{_REFUSED} {off}"
+            return Seen(address.name, id, address, problem)
         finally:
             await member.release()
         problem = ""

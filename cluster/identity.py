@@ -26,6 +26,7 @@ from .errors import ClusterError, ProtocolError
 
 MOST_NAME = 64
 """Bytes, or of a name that is no more than shown, characters."""
+OFF_DATE = "has a certificate that holds"
 _MOST_PEM_BYTES = 4096
 _LOCK_SECONDS = 10.0
 _BEGIN = b"-----BEGIN CERTIFICATE-----"
@@ -70,6 +71,20 @@ def peer_name(pem: bytes) -> str:
             f"the certificate's name {name[:80]!r} is not printable text of 1 to 64 bytes; rename there"
         )
     return str(name)
+
+
+def off_date(pem: bytes) -> str:
+    """What a machine has whose certificate does not hold by this machine's clock, "" where it does. Raises
+    ProtocolError."""
+    certificate, now = _parse(pem), datetime.datetime.now(datetime.UTC)
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if start <= now <= end:
+        return ""
+    return (
+        f"{OFF_DATE} from {start:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC, and by the clock here "
+        f"it is {now:%Y-%m-%d %H:%M}; set the clock that is wrong, delete identity.pem where it was made by such a "
+        "clock, and pair again"
+    )
 
 
 def check_certificate(pem: bytes) -> bytes:

@@ -37,7 +37,7 @@ from .handshake import (
     read_hex,
     read_message,
 )
-from .identity import Identity, Peer, Peers, is_name, peer_name
+from .identity import Identity, Peer, Peers, is_name, off_date, peer_name
 
 _MOST_CONNECTIONS = 4
 _CODE_SECONDS = 120.0
@@ -50,6 +50,8 @@ _REASONS = {
     "wait": "the last pairing there failed, and it waits before it shows a new code; try again in {seconds} s",
     "expired": "the code is not valid any more; run the command again for a new one",
     "code": "the code is wrong, or somebody sits between the two machines; run the command again for a new code",
+    "clock": "this machine's certificate does not hold by the clock there; set the clock that is wrong, delete "
+    "identity.pem here if it was made by such a clock, and run the command again",
     "stopped": "the other side stopped pairing; start the node there and run the command again",
     "broken": "the other side could not read what it was sent; update localreason on both",
     "storing": "the other side could not store this machine; free space there and run the command again",
@@ -181,6 +183,9 @@ class PairingServer:
         messages, certificates = (theirs, ours), (certificate, pem)
         if not hmac.compare_digest(proof, prove(key, "head", messages, certificates)):
             raise _Refused("code")
+        if off := off_date(certificate):
+            self._show(f"{_quoted(name)} {off}")
+            raise _Refused("clock")
         try:
             peer = self._peers.add(certificate)
         except ClusterError as error:
@@ -230,6 +235,8 @@ async def _introduce(line: Line, identity: Identity, ask_code: Callable[[str], s
     except TimeoutError as error:
         raise ProtocolError(f"there was no answer in {LINE_SECONDS:g} s; check the port") from error
     theirs, certificate = read_message(hello), read_certificate(hello)
+    if off := off_date(certificate):
+        raise ProtocolError(f"{_quoted(peer_name(certificate))} {off}")
     asked = asyncio.ensure_future(_ask(ask_code, f"Code shown on {peer_name(certificate)}: "))
     answered = asyncio.ensure_future(_answer(line))  # at once: the node may give up while the person types
     try:

@@ -3,11 +3,16 @@ import contextlib
 import json
 import re
 import threading
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
-from localreason.cluster.errors import PairingFailed
+from localreason.cluster import identity
+from localreason.cluster.errors import NodeLost, PairingFailed
+from localreason.cluster.home import Home
 from localreason.cluster.identity import Identity, Peers
+from localreason.cluster.member import STRANGER, UNTRUSTED, Member
 from localreason.cluster.pairing import PairingServer, pair
 from tests.cluster.test_identity import forged, named_by_bits
 
@@ -440,6 +445,50 @@ def test_a_node_that_answers_strangely(head, line, message):
             assert str(caught.value).isprintable()
 
     asyncio.run(run())
+
+
+@contextlib.contextmanager
+def ahead(days):
+    """While it lasts, certificates are made by a clock so far ahead."""
+
+    clock = SimpleNamespace(now=lambda tz: datetime.now(tz) + timedelta(days=days))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(identity, "datetime", SimpleNamespace(datetime=clock, timedelta=timedelta, UTC=UTC))
+        yield
+
+
+@pytest.mark.parametrize("is_head", [True, False])
+def test_a_certificate_of_another_time_is_not_paired(tmp_path, is_head):
+    with ahead(3 if is_head else 0):
+        head = Machine(tmp_path / "head", "laptop")
+    with ahead(0 if is_head else 3):
+        node = Machine(tmp_path / "node", "tower")
+
+    async def run():
+        async with pairing(node) as (port, screen):
+            with pytest.raises(PairingFailed, match="set the clock that is wrong"):
+                await attempt(head, port, lambda prompt: screen.codes[-1])
+            await screen.until("'laptop' failed")
+            assert any("set the clock" in line for line in screen.lines) == is_head
+
+    asyncio.run(run())
+    assert head.trusted == node.trusted == []
+
+
+@pytest.mark.parametrize(("is_ours", "why"), [(False, STRANGER), (True, UNTRUSTED)])
+def test_a_clock_is_named_where_tls_only_refuses(tmp_path, monkeypatch, is_ours, why):
+    async def describe(self, types=None):
+        raise NodeLost(f"{self.name} at 127.0.0.1:7411 {why}")
+
+    with ahead(3 if is_ours else 0):
+        home = Home(tmp_path / "head", tmp_path / "cache", name="laptop")
+    with ahead(0 if is_ours else 3):
+        home.peers.add(Identity.load(tmp_path / "node", "tower").certificate)
+    monkeypatch.setattr(Member, "describe", describe)
+    [seen] = asyncio.run(home.survey(0, ["127.0.0.2:7411"]))
+    said = "refuses this machine, which has" if is_ours else "may be tower, which has"
+    assert seen.problem.startswith(f"{said} a certificate that holds from")
+    assert "set the clock that is wrong" in seen.problem
 
 
 def test_a_name_cannot_pass_for_a_code(node):
