@@ -51,7 +51,11 @@ def pull_model(context: typer.Context, reference: Reference, store: Store = None
     settings = config.load(context.params)
     path = find(reference, settings.store)
     if path is None:
-        path = pull(reference, settings.store, build.wiring(context).hub())
+        try:
+            path = pull(reference, settings.store, build.wiring(context).hub())
+        except KeyboardInterrupt:
+            typer.echo("stopped; what has arrived is kept, and the same command goes on", err=True)
+            raise
     print(path)
 
 

@@ -116,6 +116,17 @@ def test_the_commands_pull_list_and_remove(hub: FakeHub, folder: Path, capfd: py
     assert main(["models", "show", "a/one"]) == ExitCode.MODEL
 
 
+def test_who_stops_a_pull_is_told_that_it_goes_on(
+    hub: FakeHub, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def stopped(*_: object) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "download", stopped)
+    assert main(["models", "pull", "qwen3-0.6b"], wiring(hub=hub)) == ExitCode.INTERRUPTED
+    assert "what has arrived is kept" in capfd.readouterr().err
+
+
 def test_solve_pulls_a_reference_that_is_not_here(hub: FakeHub, folder: Path, capfd: pytest.CaptureFixture[str]):
     assert main(["solve", "x", "--model", "a/one", "--quiet"], wiring(hub=hub)) == ExitCode.OK
     assert "pulling it" in capfd.readouterr().err
