@@ -15,6 +15,8 @@ from . import config
 if TYPE_CHECKING:
     from ..cluster.home import Home
 
+_AGAIN_SECONDS = 5.0
+"""Between two looks at this machine's addresses."""
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 Loopback = Annotated[bool, typer.Option("--loopback", help="Listen on this machine only and announce nothing.")]
@@ -57,6 +59,8 @@ def node(
         raise InputError("--plaintext lets anybody in who reaches the port; give --loopback with it, or leave it out")
     settings = config.load({"threads": threads, "store": store})
     logging.basicConfig(level=logging.WARNING if verbose else logging.ERROR, format="%(asctime)s %(message)s")
+    if not verbose:  # it tells of a network that went away by a traceback
+        logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
     from ..cluster.home import Home
 
     limit = int(cache_limit * 2**30) if cache_limit else None
@@ -121,16 +125,24 @@ def _has_ipv6() -> bool:
 
 
 async def _announce(name: str, id: str, port: int) -> None:
-    """Be found for as long as the node serves, or say why it cannot be."""
+    """Be found for as long as the node serves, by the addresses that this machine has at the time: a network may come
+    up later, or be another one. Told is why it cannot be found, once for each reason."""
     from ..cluster.codec import PROTOCOL
-    from ..cluster.discovery import Announcement, announce
+    from ..cluster.discovery import Announcement, announce, useful_addresses
     from ..cluster.errors import ClusterError
 
-    try:
-        async with announce(Announcement(name, id, port, PROTOCOL)):
-            await asyncio.Event().wait()
-    except ClusterError as error:
-        _show(f"{error}; others reach this node by --peer HOST:{port}")
+    told = ""
+    while True:
+        addresses = useful_addresses()
+        try:
+            async with announce(Announcement(name, id, port, PROTOCOL)):
+                told = ""
+                while useful_addresses() == addresses:
+                    await asyncio.sleep(_AGAIN_SECONDS)
+        except ClusterError as error:
+            if told != (told := str(error)):
+                _show(f"{error}; others reach this node by --peer HOST:{port}")
+            await asyncio.sleep(_AGAIN_SECONDS)
 
 
 def _show(line: str) -> None:

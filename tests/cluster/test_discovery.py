@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from zeroconf import NonUniqueNameException, ServiceInfo
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
+from localreason.cli import node
 from localreason.cli.cluster import _find, _row
 from localreason.cli.doctor import _network
-from localreason.cli.node import _announce
 from localreason.cluster import discovery
 from localreason.cluster.discovery import (
     SERVICE,
@@ -182,10 +182,51 @@ def test_without_a_network_to_look_on_named_nodes_are_asked_all_the_same(monkeyp
     assert (multicast["found"], nodes["found"]) == (told[0], told[0])
 
 
-def test_a_node_that_cannot_be_announced_says_so_and_how_it_is_reached(monkeypatch, capsys):
+def test_a_node_is_announced_anew_when_the_network_comes_or_changes(monkeypatch, capsys):
+    there, announced = [], asyncio.Queue()
+
+    @contextlib.asynccontextmanager
+    async def announce(announcement):
+        if not there:
+            announced.put_nowait(None)
+            raise ClusterError("no network")
+        announced.put_nowait(list(there))
+        yield there
+
+    monkeypatch.setattr(discovery, "announce", announce)
+    monkeypatch.setattr(discovery, "useful_addresses", lambda: list(there))
+    monkeypatch.setattr(node, "_AGAIN_SECONDS", 0.001)
+
+    async def run():
+        task = asyncio.create_task(node._announce("attic", ID, 7411))
+        async with asyncio.timeout(10):
+            assert await announced.get() is None
+            assert await announced.get() is None  # asked again, told once
+            for addresses in (["192.168.1.4"], ["192.168.1.4", "fd00::4"]):
+                there[:] = addresses
+                while (found := await announced.get()) is None:
+                    pass
+                assert found == addresses
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+    assert capsys.readouterr().err.count("no network") == 1
+
+
+def test_a_node_that_cannot_be_announced_says_so_and_how_it_is_reached(monkeypatch):
     interfaces(monkeypatch, {"tailscale0": (True, "up,pointopoint", ["100.64.0.7"])})
-    asyncio.run(_announce("attic", ID, 7411))
-    said = capsys.readouterr().err
+
+    async def run():
+        lines = asyncio.Queue()
+        monkeypatch.setattr(node, "_show", lines.put_nowait)
+        task = asyncio.create_task(node._announce("attic", ID, 7411))
+        async with asyncio.timeout(10):
+            line = await lines.get()
+        task.cancel()
+        return line
+
+    said = asyncio.run(run())
     assert "no network interface" in said
     assert "--peer HOST:7411" in said
 
