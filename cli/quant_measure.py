@@ -287,18 +287,14 @@ def _write(out: Path | None, record: dict[str, Any]) -> None:
     if out is None:
         return
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    if out.is_symlink() or (
-        out.exists() and not out.is_file()
-    ):  # /dev/stdout, say, which nothing may take the place of
-        part = out
-    else:
-        part = out.with_name(f".{out.name[:100]}.{os.getpid()}.part")
+    part = out.with_name(f".{out.name[:100]}.{os.getpid()}.part")
     try:
-        part.write_text(text, "utf-8")
-        if part != out:
+        if out.is_symlink() or (out.exists() and not out.is_file()):
+            out.write_text(text, "utf-8")  # /dev/stdout, say, whose place nothing may take
+        else:
+            part.write_text(text, "utf-8")
             part.replace(out)
     except OSError as error:
-        if part != out:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise OutputError(f"{out} cannot be written: {error.strerror}; give another --out") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import ModelBroken, ModelNotFound
+from .schemes import KINDS
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -19,9 +20,8 @@ _WHOLE_HEADS = ("qwen2", "qwen3", "qwen3moe")
 """Architectures whose keys and values are of one length, all of which is rotated."""
 _PLAIN_HEADS = ("llama", *_WHOLE_HEADS)
 """Architectures of which every layer has heads, all of one length."""
-_F32 = 0
-_NO_WEIGHTS = (9, 15, 24, 25, 26, 27, 28)
-"""Q8_1, Q8_K, the integers and F64: what is computed with, not what is multiplied by."""
+_NO_WEIGHTS = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
+"""Types of what is computed on the way, of tables and of nothing at all."""
 _TABLE = "tid2eid"
 """In the names of tables of integers, which are looked up."""
 _MOST_LAYERS = 512
@@ -184,13 +184,14 @@ def check_tensors(header: Header, path: Path | str) -> None:
     if not header.tensors:
         raise ModelBroken(f"{path} holds no tensors: it is a vocabulary or half a file; give a whole model")
     for tensor in header.tensors:
-        n_columns = tensor.shape[0]
-        if len(tensor.shape) == 1 and tensor.kind != _F32:
-            problem = f"is of type {_type_name(tensor.kind)}, and vectors have to be F32"
-        elif tensor.kind in _NO_WEIGHTS and _TABLE not in tensor.name:
-            problem = f"is of type {_type_name(tensor.kind)}, which no weights are"
-        elif n_columns % _block(tensor.kind):
-            problem = f"has {n_columns} columns, and {_type_name(tensor.kind)} takes {_block(tensor.kind)} together"
+        n_columns, scheme = tensor.shape[0], KINDS.get(tensor.kind)
+        name = scheme.name if scheme else tensor.kind
+        if len(tensor.shape) == 1 and name != "F32":
+            problem = f"is of type {name}, and vectors have to be F32"
+        elif name in _NO_WEIGHTS and _TABLE not in tensor.name:
+            problem = f"is of type {name}, which no weights are"
+        elif scheme and n_columns % scheme.n_values:  # what is not in the table llama.cpp refuses itself
+            problem = f"has {n_columns} columns, and {name} takes {scheme.n_values} together"
         else:
             continue
         raise ModelBroken(f"{path}: the tensor {tensor.name!r:.80} {problem}; convert it again")
@@ -214,19 +215,6 @@ def _check_heads(header: Header, path: Path | str) -> None:
             raise ModelBroken(
                 f"{path} is damaged: layer {i} has keys of {found} numbers and {count} heads of {length}; get it again"
             )
-
-
-def _type_name(kind: int) -> str:
-    from gguf.constants import GGMLQuantizationType
-
-    return GGMLQuantizationType(kind).name if kind in set(GGMLQuantizationType) else str(kind)
-
-
-def _block(kind: int) -> int:
-    """Values of a type that are packed together; 1 for a type that is not known, which llama.cpp refuses itself."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    return GGML_QUANT_SIZES[GGMLQuantizationType(kind)][0] if kind in set(GGMLQuantizationType) else 1
 
 
 def check_header(values: dict[str, Any], path: Path | str) -> None:
