@@ -2,6 +2,7 @@
 
 import codecs
 import ctypes
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from .native import cause, forget_messages, library
 _CANDIDATES = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """llama.cpp's llama_token_data."""
 _N_LIKELIEST = 1024
+_HALF_SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
+"""Bytes that Python's decoder waits behind for a third one, and then refuses whatever comes."""
 
 
 class Grammar:
@@ -43,7 +46,10 @@ class Grammar:
         before = self._decoder.getstate()
         try:
             self._decoder.decode(self._piece(token))
+            can_end = not _HALF_SURROGATE.match(self._decoder.getstate()[0])
         except UnicodeDecodeError:
+            can_end = False
+        if not can_end:
             self._decoder.setstate(before)
             return False
         self._lib.llama_sampler_accept(self._sampler, token)

@@ -174,6 +174,13 @@ def test_bytes_that_are_no_character_are_not_taken_for_one(tokenizer: LlamaToken
     assert taken == [True, True, False, True, False, True, True]  # neither an overlong form nor half a character
 
 
+def test_half_a_surrogate_pair_is_not_begun(tokenizer: LlamaTokenizer):
+    token_of = {tokenizer.piece(token): token for token in range(tokenizer.n_vocab)}
+    grammar = tokenizer.grammar(schema_rules({"type": "string"}))
+    taken = [grammar.take(token_of[bytes([byte])]) for byte in b'"\xed\xa0\xbf\x9f\xbf"']
+    assert taken == [True, True, False, False, True, True, True]
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
