@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -187,19 +187,17 @@ def profile(
     probe_bytes: int = 64 << 20,
     n_embd: int = 2048,
 ) -> Device:
-    """The profile kept in `folder`, measured anew where it is a week old, of another version, name or thread count,
-    lacks a type, or `is_fresh` is asked for. The free memory is always today's."""
+    """The profile kept in `folder`, measured anew where it is a week old, of another version or thread count, lacks a
+    type, or `is_fresh` is asked for. The free memory is always today's, and the name the one that is given."""
     path = folder / "device.json"
     kept = None if is_fresh else _read(path)
     if (
         kept is not None
         and 0 <= time.time() - kept.measured_at < PROFILE_SECONDS
         and (kept.n_threads, kept.version) == (n_threads, installed_version("localreason"))
-        and (not name or kept.name == name)
         and set(types) <= set(kept.weight_speeds)
     ):
-        now = asdict(kept) | {"memory_bytes": max(0, available_bytes() - RESERVE_BYTES), "notes": kept.notes}
-        return Device(**now)
+        return replace(kept, name=name or kept.name, memory_bytes=max(0, available_bytes() - RESERVE_BYTES))
     known = [] if kept is None else [kind for kind in kept.weight_speeds if kind not in types]
     device = measure(n_threads, [*types, *known], folder, name, probe_bytes, n_embd)
     written = path.with_suffix(f".{os.getpid()}.tmp")

@@ -134,7 +134,6 @@ def test_a_profile_is_kept_until_something_changes(tmp_path):
     both = at(types=["Q8_0"])
     assert both > second
     assert at(types=["Q4_K", "Q8_0"]) == both, "known types are measured again with new ones"
-    assert at(name="other") > both
     kept = Device.from_json((folder / "device.json").read_text("utf-8"))
     for change in (
         {"measured_at": time.time() - device_module.PROFILE_SECONDS - 60},
@@ -149,6 +148,13 @@ def test_a_profile_is_kept_until_something_changes(tmp_path):
         (folder / "device.json").write_text(text, "utf-8")
         assert time.time() - at() < 60
     assert [path.name for path in folder.iterdir()] == ["device.json"]
+
+
+def test_one_machine_is_measured_once_whatever_a_command_calls_it(tmp_path):
+    first = profile(tmp_path, 1, ["Q4_K"], "laptop", **TINY)
+    head = profile(tmp_path, 1, ["Q4_K"], "head", **TINY)
+    assert (head.name, head.measured_at) == ("head", first.measured_at)
+    assert profile(tmp_path, 1, ["Q4_K"], **TINY).name == "laptop"
 
 
 def test_a_device_reads_its_fields_as_plain_data():
