@@ -120,10 +120,13 @@ class Home:
 
     async def _await_free(self, one: Seen, seconds: float, types: list[str]) -> Seen:
         end = time.monotonic() + seconds
-        while one.is_busy and one.address is not None and time.monotonic() < end:
+        name, address = one.name, one.address
+        while one.is_busy and address is not None and time.monotonic() < end:
             await asyncio.sleep(_AGAIN_SECONDS)
-            one = replace(await self._ask(one.address, one.id, types), name=one.name)
-        return one
+            one = await self._ask(address, one.id, [])  # a node that computes for another head is not measured
+            if types and not one.problem:
+                one = await self._ask(address, one.id, types)
+        return replace(one, name=name)
 
     async def _ask_found(self, found: Found, types: list[str]) -> Seen:
         problem = usability(found, PROTOCOL, self.peers.list(), self.identity.id)

@@ -9,7 +9,7 @@ import contextlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -104,11 +104,7 @@ class Node(service.RingServicer):
         device = ""
         if request.types:
             async with self._profiling:  # two at once would measure each other
-                types = [name for name in request.types if len(name) < 16][:32]
-                try:
-                    device = await asyncio.to_thread(self._options.profile, types)
-                except LocalReasonError as error:
-                    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+                device = await self._profile(request.types, context)
         return wire.DescribeReply(
             protocol=PROTOCOL,
             name=self._options.name,
@@ -117,6 +113,17 @@ class Node(service.RingServicer):
             device=device,
             unix_seconds=time.time(),
         )
+
+    async def _profile(self, types: Iterable[str], context: Any) -> str:
+        """JSON of the Device; nothing while a head has the node, whose work and the measurement would disturb each
+        other."""
+        if self._holder:
+            return ""
+        try:
+            return await asyncio.to_thread(self._options.profile, [name for name in types if len(name) < 16][:32])
+        except LocalReasonError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            raise
 
     async def Echo(self, request: wire.EchoRequest, context: Any) -> wire.EchoReply:
         await self._admit(context, is_head=False)
