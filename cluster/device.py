@@ -145,8 +145,8 @@ def measure(
     """
     if not types:
         raise InputError("no type of weights was named to measure; name one such as Q4_K")
-    memory_bytes = max(0, available_bytes() - RESERVE_BYTES)
-    gpu, kind, gpu_speed = probe.gpu(), types[0], 0.0
+    gpu = probe.gpu()
+    free, kind, gpu_speed = _free(gpu), types[0], 0.0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         disk = probe.disk(folder, probe_bytes)
@@ -157,14 +157,13 @@ def measure(
         raise OutputError(f"{folder} cannot be written to: {error}; choose another folder or free space") from error
     return Device(
         name=name or _clean(platform.node()) or "this machine",
-        memory_bytes=memory_bytes,
+        **free,
         weight_speeds={kind: speed.decode for kind, speed in speeds.items()},
         prefill_speeds={kind: speed.prefill for kind, speed in speeds.items()},
         memory_bandwidth=probe.memory_bandwidth(probe_bytes),
         disk_sequential=disk.sequential,
         disk_random=disk.random,
-        gpu_name=_clean(gpu.name) if gpu else "",
-        gpu_memory_bytes=max(0, gpu.free_bytes - RESERVE_BYTES) if gpu else 0,
+        gpu_name=_gpu_name(gpu),
         gpu_speed=gpu_speed,
         n_threads=n_threads,
         system=_clean(f"{platform.system()} {platform.machine()}"),
@@ -172,6 +171,18 @@ def measure(
         version=installed_version("localreason"),
         notes=() if disk.is_cold else ("disk speeds are upper bounds: this system keeps files in memory",),
     )
+
+
+def _free(gpu: probe.Gpu | None) -> dict[str, int]:
+    """What a profile says of memory now."""
+    return {
+        "memory_bytes": max(0, available_bytes() - RESERVE_BYTES),
+        "gpu_memory_bytes": max(0, gpu.free_bytes - RESERVE_BYTES) if gpu else 0,
+    }
+
+
+def _gpu_name(gpu: probe.Gpu | None) -> str:
+    return _clean(gpu.name) if gpu else ""
 
 
 def _clean(text: str) -> str:
@@ -187,17 +198,18 @@ def profile(
     probe_bytes: int = 64 << 20,
     n_embd: int = 2048,
 ) -> Device:
-    """The profile kept in `folder`, measured anew where it is a week old, of another version or thread count, lacks a
-    type, or `is_fresh` is asked for. The free memory is always today's, and the name the one that is given."""
+    """The profile kept in `folder`, measured anew where it is a week old, of another version, thread count or GPU,
+    lacks a type, or `is_fresh` is asked for. The free memory is always today's, and the name the one that is given."""
     path = folder / "device.json"
-    kept = None if is_fresh else _read(path)
+    kept, gpu = None if is_fresh else _read(path), probe.gpu()
     if (
         kept is not None
         and 0 <= time.time() - kept.measured_at < PROFILE_SECONDS
         and (kept.n_threads, kept.version) == (n_threads, installed_version("localreason"))
+        and kept.gpu_name == _gpu_name(gpu)
         and set(types) <= set(kept.weight_speeds)
     ):
-        return replace(kept, name=name or kept.name, memory_bytes=max(0, available_bytes() - RESERVE_BYTES))
+        return replace(kept, name=name or kept.name, **_free(gpu))
     known = [] if kept is None else [kind for kind in kept.weight_speeds if kind not in types]
     device = measure(n_threads, [*types, *known], folder, name, probe_bytes, n_embd)
     written = path.with_suffix(f".{os.getpid()}.tmp")

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
@@ -140,6 +140,7 @@ def test_a_profile_is_kept_until_something_changes(tmp_path):
         {"measured_at": time.time() + 3600},
         {"version": "0.0.1"},
         {"n_threads": 2},
+        {"gpu_name": "one that was taken out", "gpu_memory_bytes": 8 << 30, "gpu_speed": 1e11},
     ):
         old = replace(kept, name="box", **change)
         (folder / "device.json").write_text(old.to_json(), "utf-8")
@@ -157,5 +158,11 @@ def test_one_machine_is_measured_once_whatever_a_command_calls_it(tmp_path):
     assert profile(tmp_path, 1, ["Q4_K"], **TINY).name == "laptop"
 
 
-def test_a_device_reads_its_fields_as_plain_data():
-    assert asdict(DEVICE)["notes"] == ("an upper bound",)
+def test_a_kept_profile_has_the_free_memory_of_today(tmp_path):
+    kept = profile(tmp_path, 1, ["Q4_K"], "laptop", **TINY)
+    old = replace(kept, memory_bytes=5, gpu_memory_bytes=kept.gpu_memory_bytes + 5)
+    (tmp_path / "device.json").write_text(old.to_json(), "utf-8")
+    now = profile(tmp_path, 1, ["Q4_K"], "laptop", **TINY)
+    assert now.measured_at == kept.measured_at
+    assert now.memory_bytes > 5
+    assert now.gpu_memory_bytes != old.gpu_memory_bytes
