@@ -169,6 +169,7 @@ class RingEngine:
             except BaseException:
                 self._end_formation()
                 raise
+        self.timing.reset()
         shares = ", ".join(f"{w.member or options.name} {w.first}-{w.end - 1}" for w in placement.windows)
         self._tell(f"layers: {shares}")
 
@@ -227,6 +228,8 @@ class RingEngine:
         with self._whole():
             if self._formation is None and not self._is_closed:
                 self._restore()
+            if not self._flights:
+                self.timing.begin()
             self._journal.add(batch)
             self._issue(batch)
 

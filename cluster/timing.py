@@ -8,23 +8,32 @@ from ..runtime.engine import Batch
 
 @dataclass(slots=True)
 class Timing:
-    """What was measured between two tokens: of batches without any part of a prompt that follow each other."""
+    """What was measured of the ring as it is: of batches without any part of a prompt, each from when the one before it
+    came back, or from when it was sent where nothing else was under way."""
 
     n_tokens: int = 0
     seconds: float = 0.0
-    last: float | None = None
-    """When the batch before came back, if it was such a one."""
+    since: float | None = None
+    """From when the next batch counts, if it does."""
     recoveries: list[tuple[str, float]] = field(default_factory=list)
     """Names of lost nodes and the seconds until the ring went on."""
+
+    def reset(self) -> None:
+        """The ring is another one."""
+        self.n_tokens, self.seconds, self.since = 0, 0.0, None
+
+    def begin(self) -> None:
+        """A batch is sent while nothing is under way: the wait for it was not the ring's."""
+        self.since = time.perf_counter()
 
     def note(self, batch: Batch) -> None:
         """A batch came back."""
         now = time.perf_counter()
         is_decode = all(len(span.tokens) == 1 for span in batch)
-        if is_decode and self.last is not None:
+        if is_decode and self.since is not None:
             self.n_tokens += len(batch)
-            self.seconds += now - self.last
-        self.last = now if is_decode else None
+            self.seconds += now - self.since
+        self.since = now if is_decode else None
 
     def compare(self, expected_seconds: float) -> str:
         """A sentence of what was measured beside what was expected (0 for nothing). Needs a token."""

@@ -224,6 +224,23 @@ def test_a_long_answer_is_evaluated_again_in_more_steps_than_a_node_lets_wait(mo
         assert [name for name, _ in ring.timing.recoveries] == ["older"], "one loss, not one after the other"
 
 
+def test_pauses_are_not_measured_as_the_rings_speed(model, head, spare, folder):
+    with ring_of(model, head, spare, folder) as ring:
+
+        def write(n):
+            ring.decode([Span(0, n, [n])])
+            return ring.timing.n_tokens
+
+        ring.decode([Span(0, 0, [1, 2, 3])])
+        assert [write(3), write(4)] == [1, 2]
+        ring.timing.since = -1e6  # as if the answer had waited long for whoever asks
+        assert write(5) == 3
+        assert ring.timing.seconds < 60
+        spare[1].kill()
+        assert write(6) == 0, "the ring is another one, and what came back first paid for that"
+        assert write(7) == 1
+
+
 def test_losing_all_nodes_leaves_the_head_alone(model, head, spare, folder, expected):
     with ring_of(model, head, spare, folder) as ring:
         ring.decode([Span(0, 0, PROMPT)])
