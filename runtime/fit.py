@@ -75,7 +75,7 @@ def fit(header: Header, wish: Wish, free: Free, repacked: frozenset[str] = froze
     if found is None:
         raise place.refusal(n_least if wish.n_context else N_PADDED)
     n_layers, kind = found
-    n_cells = wish.n_context or place.most(n_layers, kind)
+    n_cells = wish.n_most if wish.n_context else place.most(n_layers, kind)
     if n_cells < wish.n_most and wish.n_needed and kind == "f16" and "q8_0" in place.kinds:
         kind = "q8_0"
         n_cells = place.most(n_layers, kind)

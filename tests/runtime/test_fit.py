@@ -75,6 +75,10 @@ def test_a_context_that_was_given_is_held_in_full_or_refused():
         chosen(Free(full.locked_bytes - full.cache_bytes), n_context=32768)
 
 
+def test_a_context_between_two_paddings_is_held_as_it_would_be_at_the_next_one():
+    assert chosen(Free(8 << 30), n_context=1100, n_needed=900) == chosen(Free(8 << 30), n_context=1280, n_needed=900)
+
+
 def test_weights_that_are_not_mapped_must_fit_too():
     full = chosen(Free(64 * GIB), n_context=4096).usage["host"]
     free = Free(full.needed_bytes - (1 << 20))
