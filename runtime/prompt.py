@@ -9,6 +9,8 @@ from typing import Protocol
 
 from .errors import TemplateError
 from .formats import FORMATS, ThinkingFormat, detect, find_format, strip_thinking
+from .phase import PhaseTracker
+from .sequence import Phase
 from .template import Message, Part, render
 from .tokenizer import Tokenizer
 
@@ -106,6 +108,9 @@ class Prompter:
         if format.is_prefilled and is_thinking and format.opens[0] not in tail:
             parts.append(Part(format.open, True))
             tail += format.open
+        elif not is_thinking and PhaseTracker(format, tail).phase is Phase.THINK:
+            parts.append(Part(format.close, True))  # the template opens the thinking whatever it is told
+            tail += format.close
         return Prompt(encode(parts, self._tokenizer, format), tail)
 
     def _render(self, turns: list[Message], is_thinking: bool) -> list[Part]:

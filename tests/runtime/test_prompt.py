@@ -134,6 +134,15 @@ def test_a_template_knows_the_ends_of_the_vocabulary():
     assert text == "<bos><user>a<|im_end|><assistant>b<|im_end|><user>c<|im_end|>"
 
 
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>\n{% if not enable_thinking %}\n\n</think>\n\n{% endif %}"])
+def test_without_thinking_a_block_that_the_template_opens_is_closed(opening):
+    template = CHATML.replace("assistant\n", "assistant\n" + opening)
+    prompter = Prompter(Source(template), Tokenizer())
+    prompt = prompter.continue_chat([Message("user", "a")], FORMATS["think"], is_thinking=False)
+    assert prompt.tail.endswith("assistant\n<think>\n\n</think>\n\n")
+    assert Tokenizer().text(prompt.tokens).endswith(prompt.tail)
+
+
 def test_history_goes_in_without_its_thinking():
     prompter = Prompter(Source("<think>" + CHATML), Tokenizer())
     turns = [Message("user", "a"), Message("assistant", "<think>secret</think>b"), Message("user", "c")]
