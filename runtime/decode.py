@@ -103,6 +103,8 @@ class _Loop:
                     f"the prompt has {sequence.n_prompt} tokens and the context holds {limit} with the reply; "
                     f"shorten the prompt or give a larger context"
                 )
+            room = limit - sequence.n_prompt
+            sequence.limit = room if sequence.limit is None else min(sequence.limit, room)
             _follow_phase(sequence, row.request.tracker, [], Origin.FORCED)  # where the prompt leads
             for control in row.request.controls:
                 yield from self._act(row, control, control.begin(sequence))

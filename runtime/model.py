@@ -204,7 +204,7 @@ class Model:
                 f"the reply; shorten the prompt or give a larger context"
             )
         setups = [
-            Setup(self.tokenizer, format, recipe.seed + sample, engine.can_rewind, self._memo)
+            Setup(self.tokenizer, format, recipe.seed + sample, engine.can_rewind, recipe.is_thinking, self._memo)
             for sample in range(recipe.n_samples)
         ]
         shared: dict[str, Control] = {

@@ -51,7 +51,8 @@ class Sequence:
     id: str = ""
     sample: int = 0
     limit: int | None = None
-    """Most tokens after the prompt, of every origin but probes; None for what the context holds."""
+    """Most tokens after the prompt, of every origin but probes; None for what the context holds, which is known once
+    it is decoded."""
     n_thinking_left: int | None = None
     """Sampled thinking tokens until a budget cuts, so that nothing is put in right before; None without a budget."""
 

@@ -3,7 +3,8 @@
 Source: "s1: Simple test-time scaling" (arXiv 2501.19393), README rule: the remaining budget goes down over all rounds.
 Where we deviate: `Wait` starts a line of its own when the text before it does not end in white space; a cut waits
 for a whole character and prefers a line end shortly before the limit; a repeated 64-gram may count as the limit; an
-end of generation inside the block closes the block and leads to the answer instead of losing it.
+end of generation inside the block closes the block and leads to the answer instead of losing it, and so does the limit of
+the whole reply, or of the context, before it is reached.
 """
 
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ from ..sequence import Origin, Phase, Sequence
 from ..tokenizer import Tokenizer
 from .control import Action, Bias, Control, Force, Note, Parameters, Rewrite, Setup, parameter
 
+_N_ANSWER = 128
+"""Most tokens that are kept for the answer where the whole reply has a limit, and a quarter of that at most."""
 _N_BROKEN = 8
 """Tokens past the limit that a character may stay incomplete before the cut is made all the same."""
 
@@ -55,6 +58,7 @@ class BudgetForcing(Control):
         self.counters = {"ignored": 0, "cuts": 0, "closed_at_end": 0}
         self._min, self._max = parameters.min, parameters.max
         self._total = parameters.total or parameters.max
+        self._n_closing = len(self._closing())
         self._is_cutting = False
         self._is_ban_due = False
         self._seen: set[int] = set()
@@ -81,8 +85,12 @@ class BudgetForcing(Control):
         return self._limit(sequence)
 
     def remaining(self, sequence: Sequence) -> int:
-        """Sampled thinking tokens until the limit, as it stands now."""
-        return min(self._max - sequence.n_block_thinking, self._total - sequence.counts.thinking)
+        """Sampled thinking tokens until the limit, as it stands now. Where the limit of the whole reply is near, what
+        is written at a cut and an answer have to have room."""
+        own = min(self._max - sequence.n_block_thinking, self._total - sequence.counts.thinking)
+        if sequence.limit is None:
+            return own
+        return min(own, sequence.limit - min(_N_ANSWER, sequence.limit // 4) - self._n_closing - sequence.n_reply)
 
     def extend(self, sequence: Sequence, n_tokens: int) -> bool:
         """Let a running sequence think for about `n_tokens` more: an earlier end is ignored, limits that are nearer
@@ -109,8 +117,9 @@ class BudgetForcing(Control):
             is_due = sequence.is_whole_text or remaining <= -_N_BROKEN
             reason = "answer asked for" if sequence.is_hurried else "limit"
         else:
-            slack = min(self.parameters.slack, self.parameters.max // 8)
+            slack = min(self.parameters.slack, min(self._max, self._total) // 8)
             is_line_end = remaining <= slack and sequence.thinking.endswith("\n") and sequence.n_block_thinking > 0
+            is_line_end &= sequence.counts.thinking >= self._min
             is_due, reason = (
                 (True, "line end near the limit") if is_line_end else (self._repeats(sequence), "repetition")
             )
@@ -120,13 +129,13 @@ class BudgetForcing(Control):
         self._is_cutting = True
         self.counters["cuts"] += 1
         return (
-            Force(self._closing(sequence), is_urgent=True),
+            Force(self._closing(sequence.thinking), is_urgent=True),
             Note(f"thinking cut after {sequence.counts.thinking} tokens: {reason}"),
         )
 
-    def _closing(self, sequence: Sequence) -> tuple[int, ...]:
+    def _closing(self, thinking: str = "") -> tuple[int, ...]:
         lead = self.setup.format.lead if self.parameters.lead else ""
-        return closing(self.setup.format, self.setup.tokenizer, lead, sequence.thinking)
+        return closing(self.setup.format, self.setup.tokenizer, lead, thinking)
 
     def _ended(self, sequence: Sequence) -> Iterable[Action]:
         """The model ended its reply inside the block: ignore it, or close the block so that an answer follows."""
@@ -138,7 +147,7 @@ class BudgetForcing(Control):
         self.counters["closed_at_end"] += 1
         return (
             Rewrite(position),
-            Force(self._closing(sequence), is_urgent=True),
+            Force(self._closing(sequence.thinking), is_urgent=True),
             Note("the reply ended inside the thinking: block closed"),
         )
 

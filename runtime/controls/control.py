@@ -114,6 +114,8 @@ class Setup:
     format: ThinkingFormat
     seed: int = 0
     can_rewind: bool = True
+    is_thinking: bool = True
+    """Whether the reply is to be thought about."""
     memo: dict[object, Any] = field(default_factory=dict)
     """Kept as long as the model: what a control derives from the vocabulary is derived once."""
 

@@ -55,6 +55,7 @@ class FirstFinishSearch(Control):
         self._good: list[Sequence] = []
         self._rest: list[Sequence] = []
         self._is_decided = False
+        self._has_thinking = setup.is_thinking and bool(setup.format.closes)
 
     def join(self, sequence: Sequence) -> None:
         """Make a sample known before the first of them begins."""
@@ -119,6 +120,9 @@ class FirstFinishSearch(Control):
         if self.parameters.rule == "first":
             self._is_decided = True
             return self._stop(set(), f"sample {self._good[0].sample} finished first")
+        if self.parameters.rule == "short" and not self._has_thinking and len(self._good) == self.parameters.m:
+            self._is_decided = True
+            return self._stop(set(), f"{self.parameters.m} samples finished")
         if self.parameters.rule == "majority":
             sizes = sorted((len(members) for members in self._groups(self._good)), reverse=True)
             # Strictly ahead of the runner-up even if all that still run join it.
@@ -134,8 +138,7 @@ class FirstFinishSearch(Control):
     def _is_good(self, sequence: Sequence) -> bool:
         if not self.parameters.guard:
             return sequence.finish == "end"
-        has_thinking = bool(self.setup.format.closes)
-        is_closed = not has_thinking or (
+        is_closed = not self._has_thinking or (
             sequence.closed_at is not None and not sequence.is_thinking and not sequence.is_cut
         )
         return sequence.finish == "end" and is_closed and _answer(sequence) is not None

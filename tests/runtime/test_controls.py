@@ -85,6 +85,21 @@ class TestBudget:
         [two], _, _ = run({"Q<think>": "a" * 30 + "\n" + "b" * 20, LEAD: "7"}, ["budget:max=40"])
         assert two.counts.thinking == 40, "a line end outside the last eighth does not cut"
 
+    def test_a_line_end_cuts_neither_far_from_a_small_total_nor_below_the_minimum(self):
+        [one], _, _ = run({"Q<think>": "a\n" + "b" * 40, LEAD: "7"}, ["budget:total=24"])
+        assert one.counts.thinking == 24
+        [two], _, _ = run({"Q<think>": "a" * 37 + "\n" + "b" * 20, LEAD: "7"}, ["budget:max=40,min=40"])
+        assert two.counts.thinking == 40
+
+    @pytest.mark.parametrize(("limit", "n_context", "finish"), [(60, 4096, "length"), (None, 62, "context")])
+    def test_a_limit_of_the_whole_reply_leaves_room_for_the_answer(self, limit, n_context, finish):
+        n_closing = len(ByteTokenizer().encode("\n" + CLOSE.lstrip("\n") + LEAD, special=True))
+        [one], events, _ = run(
+            {"Q<think>": "a" * 99, LEAD: "7" * 99}, ["budget:max=90,slack=0"], limit=limit, n_context=n_context
+        )
+        assert (one.counts.thinking, one.counts.answer) == (60 - 15 - n_closing, 15)
+        assert (one.finish, counters(events, "budget")["cuts"]) == (finish, 1)
+
     def test_the_cut_waits_for_a_whole_character(self):
         text = "ab" + "é" + "cd"  # é is two tokens: the limit of 3 falls into it
         [one], _, _ = run({"Q<think>": text, LEAD: "7"}, ["budget:max=3,slack=0"])
@@ -177,7 +192,7 @@ class TestBudget:
         replies[CLOSE.lstrip("\n")] = replies["</think>"] = "7"
         engine = ScriptedEngine(script(tokenizer, replies), tokenizer.n_vocab)
         control = CONTROLS["budget"](parse(text), Setup(tokenizer, FORMAT))
-        sequence = Sequence(tokenizer.encode("Q<think>", special=True), limit=30)
+        sequence = Sequence(tokenizer.encode("Q<think>", special=True), limit=58)
         request = Request(sequence, PhaseTracker(FORMAT, "<think>"), lambda r: int(r.argmax()), [control])
         for _ in decode(engine, tokenizer, [request]):
             if sequence.n_reply == n_before and n_more:
@@ -389,21 +404,22 @@ class TestSuppress:
         assert control._probability == 0.0
 
 
-def search(replies, text):
+def search(replies, text, is_thinking=True):
     """Samples that reply differently: sample i follows replies[i]."""
     tokenizer = ByteTokenizer()
-    setup = Setup(tokenizer, FORMAT)
+    setup = Setup(tokenizer, FORMAT, is_thinking=is_thinking)
+    opening = "<think>" if is_thinking else "<think>\n\n</think>\n\n"
     control = CONTROLS["search"](parse(text), setup)
     replies = [tokenizer.encode(reply, special=True) for reply in replies]
     requests = []
     for i, ids in enumerate(replies):
-        sequence = Sequence(tokenizer.encode("Q<think>", special=True), sample=i)
+        sequence = Sequence(tokenizer.encode("Q" + opening, special=True), sample=i)
         control.join(sequence)
 
         def sample(row, sequence=sequence, ids=ids):
             return ids[sequence.n_reply] if sequence.n_reply < len(ids) else tokenizer.END
 
-        requests.append(Request(sequence, PhaseTracker(FORMAT, "<think>"), sample, [control]))
+        requests.append(Request(sequence, PhaseTracker(FORMAT, opening), sample, [control]))
     engine = ScriptedEngine(lambda tokens: 0, tokenizer.n_vocab)
     events = list(decode(engine, tokenizer, requests))
     assert not any(engine.held), "the losers' cache is freed"
@@ -463,6 +479,22 @@ class TestSearch:
         )
         assert [s.finish for s in sequences] == ["end", "end", "end"]
         assert control.winner() is sequences[0], "a tie goes to the shortest thinking"
+
+
+    @pytest.mark.parametrize(
+        ("rule", "finishes"),
+        [
+            ("first", ["end", "lost", "lost", "lost"]),
+            ("short,m=2", ["end", "end", "lost", "lost"]),
+            ("majority", ["end", "end", "end", "lost"]),
+        ],
+    )
+    def test_without_thinking_a_sample_is_done_once_it_has_answered(self, rule, finishes):
+        replies = [f"{'a' * n} \\boxed{{5}}" for n in (1, 4, 9, 60)]
+        control, sequences, _ = search(replies, f"search:n=4,rule={rule}", is_thinking=False)
+        assert [s.finish for s in sequences] == finishes
+        assert control.winner() is sequences[0]
+        assert control.counters["guarded"] == 0
 
 
 class TestTable:
