@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..runtime.errors import InputError
 
@@ -87,6 +87,8 @@ def parse(data: bytes, name: str, kind: str = ".jsonl") -> tuple[list[Problem], 
 
 def _bytes(argument: str, remedy: str) -> bytes:
     if argument == "-":
+        if sys.stdin is None:
+            raise InputError("standard input is closed; give a file")
         return sys.stdin.buffer.read()
     try:
         return Path(argument).read_bytes()
@@ -94,6 +96,14 @@ def _bytes(argument: str, remedy: str) -> bytes:
         raise InputError(f"there is no file {argument}; {remedy}") from error
     except OSError as error:
         raise InputError(f"{argument} cannot be read: {error.strerror}") from error
+
+
+class _Number(str):
+    """A number as it is written: 0.00001 does not become 1e-05, and no count of digits is too large."""
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no value of JSON; write null")
 
 
 def _lines(data: bytes) -> Iterator[tuple[int, str] | BadRow]:
@@ -115,9 +125,11 @@ def _from_jsonl(data: bytes) -> Iterator[Problem | BadRow]:
             continue
         number, text = row
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_int=_Number, parse_float=_Number, parse_constant=_no_number)
         except json.JSONDecodeError as error:
             yield BadRow(number, f"malformed JSON at column {error.colno}: {error.msg}")
+        except ValueError as error:
+            yield BadRow(number, f"malformed JSON: {error}")
         except RecursionError:
             yield BadRow(number, "JSON nested too deeply; a problem is a flat object")
         else:
@@ -162,19 +174,19 @@ def _problem(value: Any, line: int) -> Problem | BadRow:
     text = next((value[key] for key in _TEXT_KEYS if value.get(key) is not None), None)
     if text is None:
         return BadRow(line, "the key 'problem' is missing")
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or isinstance(text, _Number) or not text.strip():
         return BadRow(line, f"the problem is {text!r}; give a text that is not empty")
     choices = value.get("choices")
     if isinstance(choices, list) and choices:
-        if len(choices) > len(LETTERS) or not all(isinstance(choice, str | int | float) for choice in choices):
+        if len(choices) > len(LETTERS) or not all(isinstance(choice, str | bool) for choice in choices):
             return BadRow(line, f"the choices are no list of at most {len(LETTERS)} texts; correct them")
         text = "\n".join((text, "", *(f"{letter}. {c}" for letter, c in zip(LETTERS, choices, strict=False))))
     id_, answer = value.get("id"), value.get("answer")
-    if not isinstance(id_, str | int | None) or isinstance(id_, bool):
+    if not isinstance(id_, str | None) or (isinstance(id_, _Number) and not id_.lstrip("-").isdecimal()):
         return BadRow(line, f"the id is {id_!r}; give a text or a whole number")
-    if not isinstance(answer, str | int | float | None) or isinstance(answer, bool):
+    if not isinstance(answer, str | None):
         return BadRow(line, f"the answer is {answer!r}; give a text or a number")
-    gold = None if answer is None else str(answer).rpartition("####")[2].strip() or None
+    gold = None if answer is None else answer.rpartition("####")[2].strip() or None
     name = str(line) if id_ is None else str(id_)
     try:
         f"{text}{name}{gold}".encode()

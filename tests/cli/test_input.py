@@ -29,6 +29,8 @@ def write(name: str, data: bytes) -> str:
         (b'{"problem": "x", "id": "1"}', "stands in line 1 already"),
         (b'{"problem": "\\ud800"}', "invalid UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"problem": "x", "answer": NaN}', "NaN is no value of JSON; write null"),
+        (b'{"problem": "x", "id": 1.5}', "give a text or a whole number"),
     ],
 )
 def test_a_bad_row_is_named_by_line_and_the_others_go_on(line: bytes, reason: str):
@@ -43,6 +45,12 @@ def test_marks_line_ends_and_gold_tails_are_read():
         "p.jsonl", b'\xef\xbb\xbf{"problem": "a\\u00e9", "answer": "so 6 * 7\\n#### 42"}\r\n\r\n{"prompt": "b"}\r\n'
     )
     assert read(name) == ([Problem("1", "aé", "42", 1), Problem("3", "b", None, 3)], [])
+
+
+@pytest.mark.parametrize("number", ["0.00001", "1e22", "-7", "9" * 5000])
+def test_a_number_is_read_as_it_is_written(number: str):
+    row = f'{{"problem": "x", "id": 12, "answer": {number}}}'.encode()
+    assert read(write("p.jsonl", row))[0] == [Problem("12", "x", number, 1)]
 
 
 def test_plain_text_is_one_problem_a_line():
