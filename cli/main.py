@@ -123,7 +123,8 @@ def main(args: Sequence[str] | None = None, wiring: "Wiring | None" = None) -> i
         code = command.main(
             args=None if args is None else list(args), prog_name="localreason", standalone_mode=False, obj=wiring
         )
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return int(code or ExitCode.OK)
     except _UsageError as error:
         error.show()
@@ -153,8 +154,8 @@ def _tell(sentence: str) -> None:
 def run() -> NoReturn:
     """The `localreason` command."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character gets a question mark, not an error.
+        # A terminal that cannot show a character gets a question mark, not an error; a file or a pipe gets UTF-8.
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
-            reconfigure(errors="replace")
+            reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     sys.exit(main())

@@ -1,6 +1,7 @@
 """Where settings come from, and what `controls`, `config` and the help say."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,10 @@ def test_help_of_all_imports_nothing_heavy():
 def test_version_is_the_installed_one(capfd: pytest.CaptureFixture[str]):
     assert main(["--version"]) == ExitCode.OK
     assert capfd.readouterr().out.startswith("localreason ")
+
+
+def test_what_goes_into_a_pipe_is_utf8():
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "LOCALREASON_MODEL": "数.gguf"}
+    command = [sys.executable, "-c", "from localreason.cli.main import run; run()", "config", "show"]
+    shown = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    assert "数.gguf" in shown.decode()
