@@ -18,8 +18,8 @@ from pathlib import Path
 from record import describe_command
 
 from localreason.cli.evaluation.compare import Run, load
-from localreason.cli.evaluation.statistics import is_cut, n_sampled, pair, summarise
-from localreason.cli.results import Row
+from localreason.cli.evaluation.statistics import is_cut, pair, summarise
+from localreason.cli.row import Row, n_sampled
 
 
 def condense(rows: Sequence[Row], baseline: Sequence[Row], before: Sequence[Row]) -> dict[str, object]:

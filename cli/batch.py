@@ -18,7 +18,7 @@ from .interrupt import Interrupts
 from .main import ExitCode
 from .render import row_line, safe
 from .results import Printed, Results, Sink
-from .row import Row, make_row
+from .row import Row, make_row, n_sampled
 
 if TYPE_CHECKING:
     from ..runtime.model import Recipe
@@ -78,9 +78,8 @@ def solve_all(job: Job, argument: str) -> ExitCode:
     if not job.is_quiet:
         build.warn(path, job.config)
     model = {"name": path.stem, "sha256": checksum.sha256(path)}
-    sink: Sink = (
-        Printed() if job.output is None else Results(job.output, todo, model, job.recipe.describe(), job.is_forced)
-    )
+    recipe = build.describe(job.recipe, job.config)
+    sink: Sink = Printed() if job.output is None else Results(job.output, todo, model, recipe, job.is_forced)
     with contextlib.closing(sink):
         left = [problem for problem in todo if (problem.id, 0) not in sink.done]
         before = [sink.done[problem.id, 0] for problem in todo if (problem.id, 0) in sink.done]
@@ -114,7 +113,7 @@ def _run(job: Job, path: Path, model: dict[str, str], left: list[problems.Proble
     n_parallel = min(job.config.settings.parallel, len(left))
     by_id = {problem.id: problem for problem in left}
     questions = [Question(problem.id, problem.text) for problem in left]
-    recipe = job.recipe.describe()
+    recipe = build.describe(job.recipe, job.config)
     options = build.make_options(job.config, job.recipe, n_parallel, (problem.text for problem in left))
     try:
         with (
@@ -182,8 +181,10 @@ def _tell_resume(job: Job, tally: Tally) -> None:
 def _report(job: Job, tally: Tally) -> None:
     """The final table, or its JSON."""
     kinds: Counter[str] = Counter()
-    for row in tally.rows[tally.n_before :]:
+    solved = tally.rows[tally.n_before :]
+    for row in solved:
         kinds.update(row.tokens)
+    n_all = sum(map(n_sampled, solved))
     table: dict[str, Any] = {
         "solved": len(tally.rows) - tally.n_failed,
         "already_there": tally.n_before,
@@ -193,6 +194,7 @@ def _report(job: Job, tally: Tally) -> None:
         "graded": tally.n_graded,
         "right": tally.n_right,
         "tokens": dict(kinds),
+        "sampled_tokens": n_all,
         "tokens_per_second": round(tally.n_tokens / tally.seconds, 1),
         "seconds": round(tally.seconds, 1),
         "results": str(job.output) if job.output is not None else None,
@@ -202,6 +204,8 @@ def _report(job: Job, tally: Tally) -> None:
     elif not job.is_quiet:
         accuracy = tally.accuracy()
         table["tokens"] = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "none"
+        if n_all == kinds["thinking"] + kinds["answer"]:  # no search: there are no other samples
+            del table["sampled_tokens"]
         table["right"] = accuracy or "no answers given"
         del table["graded"]
         if not tally.n_tokens:

@@ -88,6 +88,13 @@ def make_recipe(config: Config, is_insisting: bool = False) -> "Recipe":
     )
 
 
+def describe(recipe: "Recipe", config: Config) -> dict[str, object]:
+    """What a row tells of how it came about: the recipe, and types of fewer bits, or the cache's, that were given."""
+    chosen = config.settings
+    types = {"cache_type": chosen.cache_type, "row_type": chosen.row_type if chosen.cluster else None}
+    return recipe.describe() | {name: kind for name, kind in types.items() if kind not in (None, "f32")}
+
+
 def make_options(config: Config, recipe: "Recipe", n_parallel: int, texts: Iterable[str]) -> "EngineOptions":
     """How the file is to be opened for these problems, this many at once."""
     from ..runtime.llama import EngineOptions

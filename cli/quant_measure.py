@@ -234,7 +234,7 @@ def _paired(
         pass
     found = [_solve(wiring, side, todo) for side in sides]
     recipe = build.make_recipe(sides[0].settings)
-    row = {"name": file.name, "n": len(todo), "recipe": recipe.describe()}
+    row = {"name": file.name, "n": len(todo), "recipe": build.describe(recipe, sides[0].settings)}
     return row, compare_outcomes(found[0], found[1], len(todo), recipe.seed)
 
 

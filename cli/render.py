@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from .row import Row
+from .row import Row, n_sampled
 
 if TYPE_CHECKING:
     from ..runtime.events import Event
@@ -97,5 +97,4 @@ def row_line(row: Row) -> str:
     if row.error is not None:
         return f"{safe(row.id)}  failed  {safe(row.error)}"
     answer = safe(row.answer or "no answer").replace("\n", " ")
-    n_tokens = row.tokens["thinking"] + row.tokens["answer"]
-    return f"{safe(row.id)}  {mark}  {answer[:80]}  ({n_tokens} tokens, {row.seconds:.1f} s, {row.stop})"
+    return f"{safe(row.id)}  {mark}  {answer[:80]}  ({n_sampled(row)} tokens, {row.seconds:.1f} s, {row.stop})"

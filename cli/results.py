@@ -193,14 +193,15 @@ class Results:
 
     def _replace(self, data: bytes) -> None:
         """New content in one step: a cut in between leaves the old file."""
-        part = self.path.with_name(f"{self.path.name}.part")
+        path = self.path.resolve()  # a link stays one
+        part = path.with_name(f"{path.name}.part")
         with part.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.close(self._file)
         try:
-            part.replace(self.path)
+            part.replace(path)
         finally:
             self._file = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
 

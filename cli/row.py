@@ -86,6 +86,11 @@ class Row:
         return self.id, self.repeat
 
 
+def n_sampled(row: Row) -> int:
+    """The sampled tokens of a row, of all its samples."""
+    return int(row.counters.get("search", {}).get("sampled_tokens", row.tokens["thinking"] + row.tokens["answer"]))
+
+
 def problem_hash(text: str) -> str:
     """What `Row.problem_hash` holds."""
     return hashlib.sha256(text.encode()).hexdigest()

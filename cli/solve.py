@@ -139,7 +139,7 @@ def _solve_one(
     if result.error is not None:
         raise result.error
     sha256 = checksum.sha256(path) if is_json else ""
-    row = make_row(result, problem, {"name": path.stem, "sha256": sha256}, recipe.describe())
+    row = make_row(result, problem, {"name": path.stem, "sha256": sha256}, build.describe(recipe, settings))
     if is_json:
         print(to_line(row), end="")
         return ExitCode.OK

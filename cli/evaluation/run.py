@@ -95,19 +95,19 @@ def keys(plan: Plan) -> set[tuple[str, int]]:
 def _open(plan: Plan, one: Configuration, todo: list[Problem], model: dict[str, str]) -> Results:
     with contextlib.suppress(OSError):  # which opening the file tells
         plan.folder.mkdir(parents=True, exist_ok=True)
-    task = plan.task
+    task, recipe = plan.task, build.describe(one.recipe, plan.config)
     header = {
         "configuration": one.name,
         "task": {"name": task.name, "sha256": task.sha256, "licence": task.licence},
         "grader": plan.grader,
         "template": plan.template,
         "model": model,
-        "recipe": one.recipe.describe(),
+        "recipe": recipe,
         "seeds": {"first": one.recipe.seed, "step": SEED_STEP},
         "versions": {name: version(name) for name in ("localreason", "llama-cpp-python", "math-verify")},
         "machine": describe_machine(),
     }
-    found = Results(paths(plan)[one.name], todo, model, one.recipe.describe(), plan.is_forced, header)
+    found = Results(paths(plan)[one.name], todo, model, recipe, plan.is_forced, header)
     if found.n_dropped:
         tell(f"{found.n_dropped} rows of {found.path} were of another run, text or right answer; they are run anew")
     return found
@@ -232,7 +232,9 @@ class _Run:
             raise result.error  # the model's fault, not the problem's: the others would fail alike
         self._n_solved += 1
         trace = recorder.take(result.id) if recorder is not None else None
-        row = make_row(result, replace(problem, answer=None), self._model, one.recipe.describe(), trace)
+        row = make_row(
+            result, replace(problem, answer=None), self._model, build.describe(one.recipe, self._plan.config), trace
+        )
         ran = {"wall_seconds": round(wall_seconds, 4), "peak_bytes": peak_bytes()}
         row = replace(row, repeat=repeat, gold=problem.answer, **ran)
         if row.error is not None:

@@ -2,7 +2,8 @@
 
 Intervals are of 95 % by a bootstrap over problems: repeats of a problem are averaged first, since they are not
 independent of each other. That of an accuracy is Wilson's where a problem's repeats agree, as one does with itself, or
-all problems went alike: no resample of five right answers has a wrong one.
+all problems went alike: no resample of five right answers has a wrong one. That of a difference has an exact bound
+where all problems differ alike, for the same reason.
 """
 
 import math
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...quant.paired import Difference, bootstrap, mcnemar
 from ...runtime.errors import InputError
-from ..row import Row
+from ..row import Row, n_sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,6 @@ class Pair:
     n_only_candidate: int
     p: float
     """McNemar's exact test of these two counts; with several repeats a sign test over problems."""
-
-
-def n_sampled(row: Row) -> int:
-    """The sampled tokens of a row, of all its samples."""
-    return int(row.counters.get("search", {}).get("sampled_tokens", row.tokens["thinking"] + row.tokens["answer"]))
 
 
 def n_unsampled(row: Row, kind: str) -> int:
@@ -123,6 +119,15 @@ def _accuracy(shares: NDArray[np.float64]) -> Difference:
     return bootstrap(shares, 0)
 
 
+def _difference(each: NDArray[np.float64], seed: int) -> Difference:
+    """The mean of the problems' differences, shape (n_problems,), and its interval."""
+    if len(set(each)) > 1:
+        return bootstrap(each, seed)
+    # What n problems do not show is at most so frequent (Clopper-Pearson, 97.5 % to each side).
+    mean, rest = float(each[0]), 1 - 0.025 ** (1 / len(each))
+    return Difference(mean, max(-1.0, mean - (1 + abs(mean)) * rest), min(1.0, mean + (1 + abs(mean)) * rest))
+
+
 def wilson(share: float, n: int) -> Difference:
     """A share of n independent trials and Wilson's score interval of 95 %."""
     z = 1.959964
@@ -146,7 +151,7 @@ def pair(baseline: Iterable[Row], candidate: Iterable[Row], seed: int = 0) -> Pa
     n_lost, n_won = int((right[0] > right[1]).sum()), int((right[1] > right[0]).sum())
     return Pair(
         n_problems=len(right[0]),
-        accuracy=bootstrap(right[1] - right[0], seed),
+        accuracy=_difference(right[1] - right[0], seed),
         sampled=bootstrap(sampled[1] - sampled[0], seed),
         n_only_baseline=n_lost,
         n_only_candidate=n_won,

@@ -151,6 +151,32 @@ def test_another_recipe_is_refused_by_name_unless_forced(
     assert models == []  # a row of solve tells its own recipe, and is kept
 
 
+def test_another_cache_type_is_another_recipe(model: str, problems: Problems, capfd: pytest.CaptureFixture[str]):
+    name = problems("one")
+    assert solve(name, "--model", model) == ExitCode.OK
+    assert solve(name, "--model", model, "--cache-type", "q8_0") == ExitCode.OUTPUT
+    assert "q8_0" in capfd.readouterr().err
+
+
+def test_a_link_to_a_results_file_stays_one(model: str, problems: Problems):
+    name = problems("one", "two")
+    assert solve(name, "--model", model, "-o", "out.jsonl") == ExitCode.OK
+    twice = Path("out.jsonl").read_text() * 2
+    Path("out.jsonl").write_text(twice)
+    Path("link.jsonl").symlink_to("out.jsonl")
+    assert solve(name, "--model", model, "-o", "link.jsonl") == ExitCode.OK
+    assert Path("link.jsonl").is_symlink()
+    assert len(rows("out.jsonl")) == 2
+
+
+def test_a_closed_standard_input_is_told(
+    model: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert solve("-", "--model", model) == ExitCode.INPUT
+    assert "standard input is closed" in capfd.readouterr().err
+
+
 def test_another_model_is_refused(model: str, problems: Problems, capfd: pytest.CaptureFixture[str]):
     name = problems("one")
     assert solve(name, "--model", model) == ExitCode.OK

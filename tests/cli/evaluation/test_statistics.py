@@ -100,6 +100,14 @@ def test_pairs_are_of_the_same_problem_and_repeat():
     assert pair(ours, theirs) == found  # the same seed gives the same interval
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "low", "high"), [(True, True, -0.7076, 0.7076), (False, True, -0.4152, 1.0)]
+)
+def test_three_problems_that_differ_alike_leave_something_to_chance(ours: bool, theirs: bool, low: float, high: float):
+    found = pair([row(f"p{i}", ours) for i in range(3)], [row(f"p{i}", theirs) for i in range(3)]).accuracy
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
 def test_repeats_of_a_problem_are_one_observation():
     ours = [row("a", k < 1, repeat=k) for k in range(4)] + [row("b", True, repeat=k) for k in range(4)]
     theirs = [row("a", k < 3, repeat=k) for k in range(4)] + [row("b", True, repeat=k) for k in range(4)]
