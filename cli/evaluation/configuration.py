@@ -49,12 +49,14 @@ def make_configurations(
 
 
 def _join(controls: Sequence[str]) -> tuple[str, ...]:
-    """Parameters of the same control in one text, so that what a configuration says itself comes last and holds."""
-    found: dict[str, str] = {}
+    """Parameters of the same control in one text; of the same parameter what a configuration says itself, which comes
+    last."""
+    found: dict[str, dict[str, str]] = {}
     for control in controls:
         name, _, values = control.partition(":")
-        found[name] = ",".join(filter(None, (found.get(name, ""), values)))
-    return tuple(f"{name}:{values}" if values else name for name, values in found.items())
+        pairs = filter(None, values.split(","))
+        found.setdefault(name, {}).update({pair.partition("=")[0]: pair for pair in pairs})
+    return tuple(f"{name}:{','.join(pairs.values())}" if pairs else name for name, pairs in found.items())
 
 
 def _split(text: str) -> tuple[str, str, tuple[str, ...]]:

@@ -88,6 +88,8 @@ def _split(text: str) -> tuple[str, dict[str, str]]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ControlError(f"{name}: {pair!r} is not of the form parameter=value")
+        if key.strip() in values:
+            raise ControlError(f"{name}: {key.strip()} is given twice; give it once")
         values[key.strip()] = value
     return name, values
 

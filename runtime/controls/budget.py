@@ -3,8 +3,8 @@
 Source: "s1: Simple test-time scaling" (arXiv 2501.19393), README rule: the remaining budget goes down over all rounds.
 Where we deviate: `Wait` starts a line of its own when the text before it does not end in white space; a cut waits
 for a whole character and prefers a line end shortly before the limit; a repeated 64-gram may count as the limit; an
-end of generation inside the block closes the block and leads to the answer instead of losing it, and so does the limit of
-the whole reply, or of the context, before it is reached.
+end of generation inside the block closes the block and leads to the answer instead of losing it, and so does the limit
+of the whole reply, or of the context, before it is reached.
 """
 
 from collections.abc import Iterable

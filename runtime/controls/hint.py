@@ -40,7 +40,7 @@ class ConciseHint(Control):
     def __init__(self, parameters: HintParameters, setup: Setup) -> None:
         super().__init__(parameters, setup)
         self.counters = {"hints": 0, "recomputed": 0, "missed": 0}
-        self._interval = parameters.alpha
+        self._interval = min(parameters.alpha, parameters.interval)
         self._n_thinking = 0
         self._start: int | None = None
         self._block_at = 0

@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..engine import Row
+from ..errors import ControlError
 from ..markup import in_code_or_formula
 from ..sequence import Origin, Sequence
 from ..tokenizer import Tokenizer
@@ -36,6 +37,11 @@ class SuppressParameters(Parameters):
     )
     words: str = parameter("Wait|But|Alternatively|Alternative|Hmm", "trigger words, separated by |")
     lower: bool = parameter(False, "suppress the lower-case spellings as well")
+
+    def __post_init__(self) -> None:
+        Parameters.__post_init__(self)
+        if not self.words.replace("|", "").strip():
+            raise ControlError(f"suppress: words is {self.words!r}; give at least one word")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,7 @@ class ReflectionSuppression(Control):
         self._probed_at: int | None = None
         self._is_probing = False
         self._kept_from: int | None = None
-        words = tuple(parameters.words.split("|"))
+        words = tuple(filter(str.strip, parameters.words.split("|")))
         if parameters.lower:
             words += tuple(word.lower() for word in words)
         key = ("suppress", words)

@@ -480,7 +480,6 @@ class TestSearch:
         assert [s.finish for s in sequences] == ["end", "end", "end"]
         assert control.winner() is sequences[0], "a tie goes to the shortest thinking"
 
-
     @pytest.mark.parametrize(
         ("rule", "finishes"),
         [
@@ -521,6 +520,8 @@ class TestTable:
             (["budget:ignore=1", "suppress"], "insist"),
             (["budget:min=1", "hint"], "insist"),
             (["search:n=2,m=3,rule=short"], "m is 3"),
+            (["suppress:words=|"], "at least one word"),
+            (["budget:max=5,max=6"], "max is given twice"),
             (["budget:lead=perhaps"], "yes or no"),
         ],
     )
