@@ -167,7 +167,6 @@ def derive_search(row: Row, one: Configuration, source: Recipe, judge: Judge, en
 def is_untouched(row: Row, one: Configuration) -> bool:
     """Whether the configuration's budget, or its lack, does what SOURCE's did."""
     did, wanted = row.counters["budget"], one.recipe.get("budget")
-    assert not did["cuts"], "a budget of SOURCE was reached: nobody knows how its thinking would have gone on"
     assert not did["ignored"]
     if wanted is None:
         return not did["closed_at_end"]
@@ -227,14 +226,19 @@ def continue_rows(rows: list[Row], one: Configuration, model: Continued, judge: 
         )
 
 
-def derive_budget(rows: list[Row], one: Configuration, model: Continued, judge: Judge) -> Iterator[Row]:
+def derive_budget(
+    rows: list[Row], one: Configuration, source: Recipe, model: Continued, judge: Judge
+) -> Iterator[Row | None]:
     others = [parameters.control for parameters in one.recipe.controls if parameters.control != "budget"]
     wanted = one.recipe.get("budget")
     assert not others, f"{one.name} differs in more than its budget"
     assert wanted is None or not (wanted.ignore or wanted.repeat or wanted.min), f"{one.name} is no cap"
+    assert wanted is None or one.recipe.max_thinking <= source.max_thinking, f"{one.name} thinks longer than SOURCE"
     touched: dict[int, list[Row]] = {}
     for row in rows:
-        if is_untouched(row, one):
+        if wanted is None and row.counters["budget"]["cuts"]:
+            yield None  # nobody knows how its thinking would have gone on: it is left to `localreason eval`
+        elif is_untouched(row, one):
             counters = row.counters if wanted is not None else {}
             yield replace(row, counters=counters, recipe=one.recipe.describe(), trace=None)
         elif wanted is None:  # it ended inside the thinking, and nothing leads it to an answer
@@ -287,7 +291,7 @@ def main() -> None:
             else:
                 loading = EngineOptions(options.context, options.parallel + 1, n_threads=options.threads)
                 model = stack.enter_context(Continued.open(options.model, loading))
-                derived = derive_budget(left, one, model, judge)
+                derived = derive_budget(left, one, source, model, judge)
             for new in filter(None, derived):
                 file.write(to_line(new))
                 file.flush()
