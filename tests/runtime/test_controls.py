@@ -245,6 +245,10 @@ class TestHint:
         assert counters(events, "hint")["hints"] == 3
         assert one.thinking == text
 
+    def test_the_longest_interval_bounds_the_first_one_too(self):
+        [one], events, _ = run({"Q<think>": "a, " * 20 + "</think>7"}, ["hint:interval=25,beta=0"], invisible=HINT)
+        assert counters(events, "hint")["hints"] == 2
+
     def test_later_hints_stand_further_back_in_their_chunk(self):
         text = "a, " * 300
         [one], _, _ = run({"Q<think>": text + "</think>7"}, ["hint:alpha=640"], invisible=HINT)
