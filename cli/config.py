@@ -33,7 +33,7 @@ class Settings:
     preset: str = _setting("safe", "a preset of `localreason controls`, or none")
     controls: tuple[str, ...] = _setting((), "a control with parameters, on top of the preset")
     parallel: int = _setting(4, "problems of a file in flight at once", 1, 64)
-    seed: int = _setting(0, "the same seed and the same number of problems at once give the same answers again", 0, 2**63 - 1)
+    seed: int = _setting(0, "the same seed gives the same answers again, to as many problems at once", 0, 2**63 - 1)
     temperature: float = _setting(0.6, "randomness of sampling; 0 takes the likeliest token", 0, 100)
     top_p: float = _setting(0.95, "sample from the likeliest tokens of this total probability; 1 is off", 0, 1)
     top_k: int = _setting(0, "sample from this many likeliest tokens; 0 is off", 0, 2**31 - 1)

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Sequence
 from enum import IntEnum
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -123,8 +124,7 @@ def main(args: Sequence[str] | None = None, wiring: "Wiring | None" = None) -> i
         code = command.main(
             args=None if args is None else list(args), prog_name="localreason", standalone_mode=False, obj=wiring
         )
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return int(code or ExitCode.OK)
     except _UsageError as error:
         error.show()
@@ -153,6 +153,8 @@ def _tell(sentence: str) -> None:
 
 def run() -> NoReturn:
     """The `localreason` command."""
+    # What is written to a closed stream is lost, as anywhere; Python has none in its place.
+    sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a question mark, not an error; a file or a pipe gets UTF-8.
         reconfigure = getattr(stream, "reconfigure", None)

@@ -88,7 +88,7 @@ class BudgetForcing(Control):
         """Sampled thinking tokens until the limit, as it stands now. Where the limit of the whole reply is near, what
         is written at a cut and an answer have to have room."""
         own = min(self._max - sequence.n_block_thinking, self._total - sequence.counts.thinking)
-        if sequence.limit is None:
+        if sequence.limit is None or sequence.limit <= self._n_closing:  # no cut would fit
             return own
         return min(own, sequence.limit - min(_N_ANSWER, sequence.limit // 4) - self._n_closing - sequence.n_reply)
 

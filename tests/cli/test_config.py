@@ -112,3 +112,9 @@ def test_what_goes_into_a_pipe_is_utf8():
     command = [sys.executable, "-c", "from localreason.cli.main import run; run()", "config", "show"]
     shown = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
     assert "数.gguf" in shown.decode()
+
+
+def test_a_closed_standard_output_is_no_bug():
+    command = [sys.executable, "-c", "from localreason.cli.main import run; run()", "config", "show"]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

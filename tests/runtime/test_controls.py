@@ -100,6 +100,10 @@ class TestBudget:
         assert (one.counts.thinking, one.counts.answer) == (60 - 15 - n_closing, 15)
         assert (one.finish, counters(events, "budget")["cuts"]) == (finish, 1)
 
+    def test_a_limit_that_no_cut_fits_into_is_thought_up_to(self):
+        [one], events, _ = run({"Q<think>": "a" * 99}, ["budget"], limit=5)
+        assert (one.thinking, one.finish, counters(events, "budget")["cuts"]) == ("aaaaa", "length", 0)
+
     def test_the_cut_waits_for_a_whole_character(self):
         text = "ab" + "é" + "cd"  # é is two tokens: the limit of 3 falls into it
         [one], _, _ = run({"Q<think>": text, LEAD: "7"}, ["budget:max=3,slack=0"])
@@ -246,7 +250,7 @@ class TestHint:
         assert one.thinking == text
 
     def test_the_longest_interval_bounds_the_first_one_too(self):
-        [one], events, _ = run({"Q<think>": "a, " * 20 + "</think>7"}, ["hint:interval=25,beta=0"], invisible=HINT)
+        _, events, _ = run({"Q<think>": "a, " * 20 + "</think>7"}, ["hint:interval=25,beta=0"], invisible=HINT)
         assert counters(events, "hint")["hints"] == 2
 
     def test_later_hints_stand_further_back_in_their_chunk(self):
