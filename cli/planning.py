@@ -9,8 +9,8 @@ from typing import Any
 from ..cluster.costs import Links, ModelCosts
 from ..cluster.device import Device
 from ..cluster.errors import ProtocolError
-from ..cluster.placing import HEAD_NAME, N_PROMPT, N_READ, Wish, model_costs
-from ..cluster.plan import Plan
+from ..cluster.placing import HEAD_NAME, N_READ, Wish, model_costs
+from ..cluster.plan import N_PROMPT, Plan
 from ..cluster.variation import Replicas, replicate, variations
 from ..quant.gguf import ModelFile
 from ..runtime.errors import InputError

@@ -1,9 +1,10 @@
 """What layers cost on a device: the numbers of a model, of links, and tables of seconds and limits. Pure.
 
 One token on one device takes `busy` seconds: bytes of weights over the measured speed of their type, and the cells of
-the cache over the memory bandwidth; layers on the GPU take their bytes over its speed. Weights that do not fit into
-memory beside cache and scratch are read from disk again for every token, only what overflows (`reload`; a kernel that
-drops pages in strict order reads more). Cache and scratch never overflow.
+the cache over the memory bandwidth; layers on the GPU take their bytes over its speed. A step of several samples reads
+the weights once for all its rows, until the arithmetic of so many, at the speed of a prompt, takes longer. Weights that
+do not fit into memory beside cache and scratch are read from disk again for every token, only what overflows (`reload`;
+a kernel that drops pages in strict order reads more). Cache and scratch never overflow.
 
 With k rounds a device can read ahead for its next window while others compute, up to what its memory for weights, A
 bytes, holds. Of D bytes in k windows D - A are read per token, and max(0, D - kA) of them cannot be ahead of time; at
@@ -13,7 +14,7 @@ the round is longer than its computing and reading. Its solution is
     token = max( sum(busy + max(0, D - kA) / disk) + hops , max over devices of (busy + reload) ).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 from .device import Device
 
 Array = NDArray[np.float64]
+N_UNDER_WAY = 2
+"""Batches under way for each machine of a ring: one is computed, one travels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,22 +109,45 @@ class Rates:
     output_gpu: float
 
 
-def rates(costs: ModelCosts, device: Device, n_tokens: int = 0) -> Rates:
-    """Seconds of decoding one token, or of a prefill batch of `n_tokens`.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a device evaluates at once."""
 
-    A prefill on a GPU is taken to be faster by what its decode is; the last row's output is left out of it.
+    n_rows: int = 1
+    """Sequences that each get a token."""
+    n_prompt: int = 0
+    """Tokens of a prompt, in place of all that."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Activations that go over the wire."""
+        return self.n_prompt or self.n_rows
+
+
+def rows_of(n_samples: int, n_machines: int) -> int:
+    """Rows of a step where samples are spread over the batches under way; one machine alone has one batch."""
+    return -(-n_samples // (N_UNDER_WAY * n_machines)) if n_machines > 1 else n_samples
+
+
+def rates(costs: ModelCosts, device: Device, step: Step) -> Rates:
+    """Seconds of a step.
+
+    Many rows on a GPU are taken to be faster by what one is; the last row's output is left out of a prefill.
     """
     weights = np.array(costs.layer_bytes, np.float64)
     speed = np.array([device.weight_speed(kind) for kind in costs.layer_type])
     gpu_speed = device.gpu_speed or np.inf
-    if n_tokens:
-        cpu = weights * n_tokens / np.array([device.prefill_speed(kind) for kind in costs.layer_type])
-        return Rates(cpu, cpu * speed / gpu_speed, 0.0, 0.0)
+    many = weights * step.n_tokens / np.array([device.prefill_speed(kind) for kind in costs.layer_type])
+    if step.n_prompt:
+        return Rates(many, many * speed / gpu_speed, 0.0, 0.0)
+    cpu, cache = np.maximum(weights / speed, many), step.n_rows * costs.read_cache_bytes
+    output_speed = device.weight_speed(costs.output_type)
+    output = costs.output_bytes * max(1 / output_speed, step.n_rows / device.prefill_speed(costs.output_type))
     return Rates(
-        weights / speed + costs.read_cache_bytes / device.memory_bandwidth,
-        (weights + costs.read_cache_bytes) / gpu_speed,
-        costs.output_bytes / device.weight_speed(costs.output_type),
-        costs.output_bytes / gpu_speed,
+        cpu + cache / device.memory_bandwidth,
+        (cpu * speed + cache) / gpu_speed,
+        output,
+        output * output_speed / gpu_speed,
     )
 
 
@@ -146,6 +172,32 @@ def has_gpu(device: Device) -> bool:
     return device.gpu_speed > 0 and device.gpu_memory_bytes > 0
 
 
+def least_step(
+    costs: ModelCosts, devices: Sequence[Device], is_disk_allowed: bool, step: Step, n_machines: int
+) -> float:
+    """Seconds that no ring of so many machines is below: the quickest layer, shared out in fractions."""
+    layer = min(costs.layer_bytes) + costs.held_cache_bytes
+    places = []
+    for device in devices:
+        rate = rates(costs, device, step)
+        there = [(rate.cpu.min(), np.inf if is_disk_allowed else device.memory_bytes / layer), (np.inf, 0.0)]
+        if has_gpu(device):
+            there[1] = (rate.gpu.min(), device.gpu_memory_bytes / layer)
+        places.append(sorted(there))
+    seconds, rooms = np.array(places).transpose(2, 0, 1)
+
+    def n_layers(limit: float) -> float:
+        quick = np.minimum(limit / seconds[:, 0], rooms[:, 0])
+        slow = np.minimum((limit - quick * seconds[:, 0]) / seconds[:, 1], rooms[:, 1])
+        return np.sort(quick + slow)[-n_machines:].sum()
+
+    low, high = 0.0, float(seconds[np.isfinite(seconds)].max() * costs.n_layers)
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if n_layers(middle) >= costs.n_layers else (middle, high)
+    return low
+
+
 @dataclass(frozen=True, slots=True)
 class Exact:
     """One round, layers of any sizes. Arrays over (first, split, end): layers [first, split) are on the CPU and
@@ -168,9 +220,9 @@ class Exact:
         return end - first - int(np.argmin(sums)), True
 
 
-def exact(costs: ModelCosts, device: Device, is_head: bool, is_disk_allowed: bool, n_tokens: int = 0) -> Exact:
-    """The table of one device for one round, of decode or of a prefill batch."""
-    rate = rates(costs, device, n_tokens)
+def exact(costs: ModelCosts, device: Device, is_head: bool, is_disk_allowed: bool, step: Step) -> Exact:
+    """The table of one device for one round."""
+    rate = rates(costs, device, step)
     weights, cpu, gpu = (_prefix(values) for values in (np.array(costs.layer_bytes, np.float64), rate.cpu, rate.gpu))
     count = np.arange(costs.n_layers + 1, dtype=np.float64)
     output = costs.output_bytes if is_head else 0
@@ -228,11 +280,11 @@ class Uniform:
 
 
 def uniform(
-    costs: ModelCosts, device: Device, is_head: bool, is_disk_allowed: bool, n_rounds: int, n_tokens: int = 0
+    costs: ModelCosts, device: Device, is_head: bool, is_disk_allowed: bool, n_rounds: int, step: Step
 ) -> Uniform:
-    """The table of one device for several rounds, of decode or of a prefill batch."""
+    """The table of one device for several rounds."""
     n = costs.n_layers
-    rate = rates(costs, device, n_tokens)
+    rate = rates(costs, device, step)
     cpu, gpu, weights = float(rate.cpu.mean()), float(rate.gpu.mean()), sum(costs.layer_bytes) / n
     choices = [(0, False)] + [(i, True) for i in range(n + 1) if has_gpu(device) and (i or is_head)]
     total, bound = np.full((n + 1, len(choices)), np.inf), np.full((n + 1, len(choices)), np.inf)

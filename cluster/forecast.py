@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .costs import Links, ModelCosts, Rates, has_gpu, rates, reload_bytes, reload_seconds
+from .costs import Links, ModelCosts, Rates, Step, has_gpu, rates, reload_bytes, reload_seconds, rows_of
 from .device import Device
 
 
@@ -39,6 +39,8 @@ class Share:
     prefill_seconds: float
     """Of a micro-batch of a prompt."""
     prefill_link_seconds: float
+    prefill_transfer_seconds: float
+    """What the micro-batch's hops occupy the link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,15 @@ def forecast(
     is_output_on_gpu: bool = False,
     is_disk_allowed: bool = False,
     n_batch: int = 512,
+    n_samples: int | None = None,
 ) -> Forecast | None:
     """Predict windows in the order of hops, the last one the head's, `devices` the head first; None where they do not
-    fit."""
+    fit. Between two tokens of `n_samples` sequences each device has a step for every batch of them, None is one row
+    each of as many as keep the ring full."""
     by_name = {device.name: device for device in devices}
-    shares, waits, uses = [], [], []
+    shares, waits, steps, totals = [], [], [], []
     names = list(dict.fromkeys(window.device for window in windows[: len(windows) // n_rounds]))
+    n_rows = rows_of(n_samples, len(names)) if n_samples else 1
     for name, following in zip(names, [*names[1:], names[0]], strict=True):
         held = _held(by_name[name], windows, name == windows[-1].device, is_output_on_gpu)
         one = _share(costs, held, n_rounds, is_disk_allowed, n_batch)
@@ -87,14 +92,19 @@ def forecast(
             return None
         share, wait = one
         row = costs.n_embd * costs.value_bytes
-        hop, batch_hop = (n_rounds * links.seconds(name, following, n) for n in (row, row * n_batch))
-        uses.append(n_rounds * links.transfer_seconds(name, following, row))
-        shares.append(replace(share, link_seconds=hop, prefill_link_seconds=batch_hop))
+        hop, rows_hop, batch_hop = (n_rounds * links.seconds(name, following, row * n) for n in (1, n_rows, n_batch))
+        use, batch_use = (n_rounds * links.transfer_seconds(name, following, row * n) for n in (n_rows, n_batch))
+        hops = {"link_seconds": hop, "prefill_link_seconds": batch_hop, "prefill_transfer_seconds": batch_use}
+        shares.append(replace(share, **hops))
         waits.append(wait)
+        busy = held.seconds(rates(costs, held.device, Step(n_rows)))
+        totals.append(busy + wait + rows_hop)
+        steps += [busy + share.reload_seconds, use]
     each = [share.busy_seconds + share.reload_seconds for share in shares]
     # Each device computes and reads within the token, and waits for what cannot be ahead (costs.py).
     token = max(sum(s.busy_seconds + w + s.link_seconds for s, w in zip(shares, waits, strict=True)), max(each))
-    return Forecast(token, max(*each, *uses), tuple(shares))
+    between = max(-(-n_samples // n_rows) * max(steps), sum(totals)) / n_samples if n_samples else max(steps)
+    return Forecast(token, between, tuple(shares))
 
 
 def _held(device: Device, windows: Sequence[Window], is_head: bool, is_output_on_gpu: bool) -> _Held:
@@ -129,12 +139,13 @@ def _share(
         n_layers=len(held.cpu) + len(held.gpu),
         weight_bytes=sum(weights),
         cache_bytes=(len(held.cpu) + len(held.gpu)) * cache,
-        busy_seconds=held.seconds(rates(costs, device)),
+        busy_seconds=held.seconds(rates(costs, device, Step())),
         link_seconds=0.0,
         reload_seconds=read,
         n_gpu_layers=len(held.gpu),
         is_output_on_gpu=held.is_output_on_gpu,
-        prefill_seconds=held.seconds(rates(costs, device, n_batch)) + read,
+        prefill_seconds=held.seconds(rates(costs, device, Step(n_prompt=n_batch))) + read,
         prefill_link_seconds=0.0,
+        prefill_transfer_seconds=0.0,
     )
     return share, late

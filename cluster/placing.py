@@ -10,12 +10,10 @@ from .codec import VALUE_BYTES
 from .costs import Links, ModelCosts
 from .device import Device
 from .formation import HEAD, Assignment, Placement
-from .plan import ROUNDS, Objective, Plan, plan
+from .plan import N_PROMPT, ROUNDS, Objective, Plan, plan
 
 HEAD_NAME = "head"
 """The head's name among devices."""
-N_PROMPT = 512
-"""Tokens of a prompt by which plans for prompts are compared."""
 N_READ = 1024
 """Tokens of context that a typical step reads."""
 
@@ -55,9 +53,7 @@ class Wish:
         """Of what is wished for: a token, a token of all samples together, or a prompt of `N_PROMPT` tokens."""
         if self.objective == "prefill":
             return found.prefill_seconds(N_PROMPT)
-        if self.objective == "throughput":
-            return max(found.throughput_seconds, found.token_seconds / self.n_in_flight if self.n_in_flight else 0.0)
-        return found.token_seconds
+        return found.throughput_seconds if self.objective == "throughput" else found.token_seconds
 
 
 def model_costs(
@@ -101,9 +97,7 @@ def types_of(file: ModelFile) -> list[str]:
 
 def placement_of(found: Plan, wish: Wish) -> Placement:
     """The plan as a ring is formed by it."""
-    token_seconds = found.token_seconds
-    if wish.n_in_flight:
-        token_seconds = max(found.throughput_seconds, token_seconds / wish.n_in_flight)
+    token_seconds = found.throughput_seconds if wish.n_in_flight else found.token_seconds
     is_output_on_gpu = found.per_device[-1].is_output_on_gpu
     windows = []
     for i, window in enumerate(found.windows):

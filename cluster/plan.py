@@ -10,17 +10,21 @@ is given), and taken only where reading ahead pays; a device of the ring then ha
 The objectives, lower is better:
 - latency: seconds of a token of one sequence, busy + reload + hops;
 - throughput: seconds between tokens of a ring kept full, max over devices of busy + reload and over links of
-  transfer, not below latency / `n_in_flight` where that is given; then latency;
-- prefill: the same maximum for a batch of `n_batch` prompt tokens; then their sum.
+  transfer; then latency. Where `n_in_flight` samples are given, they share steps, and how many do depends on the
+  number of machines (`rows_of`): each number of rows is searched for the rings that have it, by the longer of the sum
+  and that maximum times the steps;
+- prefill: seconds of a prompt of `N_PROMPT` tokens in batches of `n_batch` that follow each other, their sum for the
+  first and the maximum for each further one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
 
-from .costs import Array, Links, ModelCosts, exact, has_gpu, uniform
+from .costs import Array, Links, ModelCosts, Step, exact, has_gpu, least_step, rows_of, uniform
 from .device import Device
 from .errors import PlanImpossible
 from .forecast import Share, Window, forecast
@@ -28,6 +32,8 @@ from .route import N_ANY_ORDER, Route, least, nearest_order, orders, search, shi
 
 Objective = Literal["latency", "throughput", "prefill"]
 ROUNDS = (1, 2, 4, 8)
+N_PROMPT = 512
+"""Tokens of a prompt by which plans for prompts are compared."""
 _GAIN = 1 - 1e-9
 """More rounds must be better than fewer by more than rounding."""
 
@@ -43,7 +49,7 @@ class Plan:
     token_seconds: float
     """Of one sequence alone, with the cache read to its end."""
     throughput_seconds: float
-    """Between tokens, all sequences together, of a ring kept full."""
+    """Between tokens, all sequences together: of those that were given, or of a ring kept full."""
     per_device: tuple[Share, ...]
     """In the order of the ring, the head last; devices left out are not in it."""
     n_batch: int
@@ -67,7 +73,8 @@ class Plan:
         size = n_tokens / n_batches / self.n_batch
         stages = [share.prefill_seconds for share in self.per_device]
         links = [share.prefill_link_seconds for share in self.per_device]
-        return size * (sum(stages) + sum(links) + (n_batches - 1) * max(*stages, *links))
+        slowest = max(*stages, *(share.prefill_transfer_seconds for share in self.per_device))
+        return size * (sum(stages) + sum(links) + (n_batches - 1) * slowest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +86,45 @@ class _Task:
     n_in_flight: int | None
     is_disk_allowed: bool
     n_batch: int
+    n_rows: int = 1
+    n_least: int = 0
+    n_most: int = 0
+    """Workers of the rings that are searched."""
+    most: float = np.inf
+    """Value below which a ring is worth finding."""
 
     @property
-    def n_tokens(self) -> int:
-        """Tokens of the step that is weighed; 0 is a decode."""
-        return self.n_batch if self.objective == "prefill" else 0
+    def step(self) -> Step:
+        """What is weighed."""
+        return Step(n_prompt=self.n_batch) if self.objective == "prefill" else Step(self.n_rows)
 
-    @property
-    def weight(self) -> float:
-        """Of the latency, beside the bottleneck."""
+    def value(self, total: float, limit: float) -> float:
+        """What is to be least, of the sum of a ring's steps and hops and the slowest of them."""
         if self.objective == "latency":
-            return 1.0
-        return 1 / self.n_in_flight if self.n_in_flight and self.objective == "throughput" else 0.0
+            return max(total, limit)
+        if self.objective == "prefill":
+            return total + (-(-N_PROMPT // self.n_batch) - 1) * limit
+        n = self.n_in_flight
+        return max(-(-n // self.n_rows) * limit, total) / n if n else limit
+
+    def parts(self) -> "Iterator[_Task]":
+        """The task by the rings whose steps have as many rows."""
+        n = self.n_in_flight if self.objective == "throughput" else None
+        sizes = range(1, len(self.devices) + 1)
+        for n_rows, same in groupby(sizes, lambda n_machines: rows_of(n, n_machines) if n else 1):
+            least, *others = same
+            yield replace(self, n_rows=n_rows, n_least=least - 1, n_most=(others or [least])[-1] - 1)
+
+    def floor(self) -> float:
+        """A value that no ring of the task's sizes is below; 0 where there are no others."""
+        if not self.n_in_flight or self.objective != "throughput":
+            return 0.0
+        return self.value(0.0, least_step(self.costs, self.devices, self.is_disk_allowed, self.step, self.n_most + 1))
 
     def hops(self, n_rounds: int) -> tuple[Array, Array]:
         """Seconds, and seconds of a link's use, between all devices."""
         costs, n = self.costs, len(self.devices)
-        n_bytes = costs.n_embd * costs.value_bytes * max(1, self.n_tokens)
+        n_bytes = costs.n_embd * costs.value_bytes * self.step.n_tokens
         seconds, uses = np.zeros((n, n)), np.zeros((n, n))
         for i, one in enumerate(self.devices):
             for j, other in enumerate(self.devices):
@@ -116,8 +145,8 @@ def plan(
 ) -> Plan:
     """The best ring over some of `devices`, the head first. Raises PlanImpossible.
 
-    `n_in_flight` sequences bound the throughput; None is as many as keep the ring full. `rounds` are the numbers of
-    rounds to choose from.
+    `n_in_flight` samples make the throughput; None is as many as keep the ring full, with a step for each. `rounds` are
+    the numbers of rounds to choose from.
     """
     assert devices, "there is a head"
     assert len({device.name for device in devices}) == len(devices), "names tell devices apart"
@@ -127,9 +156,13 @@ def plan(
     for n_rounds in [rounds] if isinstance(rounds, int) else rounds:
         if best is not None and n_rounds > 1 and not (is_disk_allowed and objective == "latency"):
             continue
-        found = _one_round(task) if n_rounds == 1 else _several_rounds(task, n_rounds)
-        if found is not None and (best is None or _value(task, found) < _value(task, best) * _GAIN):
-            best = found
+        for part in sorted(task.parts(), key=_Task.floor):
+            most = np.inf if best is None else _value(task, best) * _GAIN
+            if part.floor() >= most:
+                break
+            found = _one_round(replace(part, most=most)) if n_rounds == 1 else _several_rounds(part, n_rounds)
+            if found is not None and _value(task, found) < most:
+                best = found
     if best is None:
         raise _impossible(task)
     return best
@@ -139,8 +172,8 @@ def _value(task: _Task, found: Plan) -> float:
     if task.objective == "latency":
         return found.token_seconds
     if task.objective == "throughput":
-        return max(found.throughput_seconds, task.weight * found.token_seconds)
-    return max(max(share.prefill_seconds, share.prefill_link_seconds) for share in found.per_device)
+        return found.throughput_seconds
+    return found.prefill_seconds(N_PROMPT)
 
 
 def _ordered(task: _Task) -> _Task:
@@ -159,23 +192,25 @@ def _is_one_link(task: _Task) -> bool:
 def _find(
     task: _Task, tables: Callable[[float], list[Array]], bounds: list[Array], n_rounds: int, is_alike: bool
 ) -> tuple[float, Route] | None:
-    """The best route and its value; `tables` gives costs over (first, end) of all whose bound is within a limit."""
+    """The best route and the limit that it keeps to; `tables` gives costs over (first, end) of all whose bound is
+    within a limit."""
     seconds, uses = task.hops(n_rounds)
     n_workers = len(task.devices) - 1
-    states = orders(n_workers, n_workers <= N_ANY_ORDER and not (is_alike and _is_one_link(task)))
+    is_any_order = n_workers <= N_ANY_ORDER and not (is_alike and _is_one_link(task))
+    ways = orders(n_workers, is_any_order, task.n_least, task.n_most)
 
     def find(limit: float) -> Route | None:
-        return search(tables(limit), np.where(uses <= limit, seconds, np.inf), states)
+        return search(tables(limit), np.where(uses <= limit, seconds, np.inf), ways)
 
     if task.objective == "latency" and n_rounds == 1:  # the sum is never below its parts
         route = find(np.inf)
-        return (route.total, route) if route else None
-    return least(find, np.concatenate([uses.ravel(), *(bound.ravel() for bound in bounds)]), task.weight)
+        return (np.inf, route) if route else None
+    return least(find, np.concatenate([uses.ravel(), *(bound.ravel() for bound in bounds)]), task.value, task.most)
 
 
 def _one_round(task: _Task) -> Plan | None:
     costs, n = task.costs, task.costs.n_layers
-    tables = [exact(costs, d, i == 0, task.is_disk_allowed, task.n_tokens) for i, d in enumerate(task.devices)]
+    tables = [exact(costs, d, i == 0, task.is_disk_allowed, task.step) for i, d in enumerate(task.devices)]
     no_layer = np.where(np.eye(n + 1, dtype=bool), np.inf, 0.0)
     for first, end in costs.barred:
         no_layer[first, end] = np.inf
@@ -195,8 +230,7 @@ def _several_rounds(task: _Task, n_rounds: int) -> Plan | None:
     if task.costs.n_layers < n_rounds:
         return None
     tables = [
-        uniform(task.costs, d, i == 0, task.is_disk_allowed, n_rounds, task.n_tokens)
-        for i, d in enumerate(task.devices)
+        uniform(task.costs, d, i == 0, task.is_disk_allowed, n_rounds, task.step) for i, d in enumerate(task.devices)
     ]
     found = _find(
         task,
@@ -207,11 +241,11 @@ def _several_rounds(task: _Task, n_rounds: int) -> Plan | None:
     )
     if found is None:
         return None
-    value, route = found
+    limit, route = found
     parts = []
     for stop in route.stops:
         count, table = stop.end - stop.first, tables[stop.device]
-        parts.append((stop.device, count, *table.choices[int(table.best(value)[1][count])]))
+        parts.append((stop.device, count, *table.choices[int(table.best(limit)[1][count])]))
     windows = _spread(task, parts, n_rounds)
     if any((window.first, window.end) in task.costs.barred for window in windows):
         return None
@@ -236,7 +270,15 @@ def _spread(task: _Task, parts: list[tuple[int, int, int, bool]], n_rounds: int)
 def _predict(task: _Task, windows: list[Window], n_rounds: int, is_output_there: bool) -> Plan | None:
     """The plan of these windows with the true sizes of layers; None where they do not fit."""
     found = forecast(
-        task.costs, task.devices, task.links, windows, n_rounds, is_output_there, task.is_disk_allowed, task.n_batch
+        task.costs,
+        task.devices,
+        task.links,
+        windows,
+        n_rounds,
+        is_output_there,
+        task.is_disk_allowed,
+        task.n_batch,
+        task.n_in_flight,
     )
     if found is None:
         return None

@@ -18,6 +18,7 @@ from ..runtime.engine import Batch, Logits
 from ..runtime.errors import ContextFull, DecodeFailed
 from .background import Background
 from .codec import ROW_TYPES, pack_rows, pack_spans, unpack_rows
+from .costs import N_UNDER_WAY
 from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
 from .formation import HEAD, Formation, Lost, Placement, Returned
 from .journal import Entry, Journal, Memory
@@ -121,9 +122,9 @@ class RingEngine:
 
     @property
     def n_in_flight(self) -> int:
-        """Batches under way that keep every node busy: two for each machine, one computed and one travelling."""
+        """Batches under way that keep every node busy."""
         windows = self._formation.placement.windows if self._formation else ()
-        return max(1, 2 * len({window.member for window in windows}))
+        return max(1, N_UNDER_WAY * len({window.member for window in windows}))
 
     @property
     def busy_seconds(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What would be otherwise: other machines and other files, and whole copies of the model in place of a ring. Pure."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,19 +29,22 @@ def replicate(
 ) -> Replicas | None:
     """Copies of the model for `n_samples` independent samples; None where it fits on fewer than two devices.
 
-    Each copy has a cache of the whole context.
+    Each copy has a cache of the whole context and as many of the samples, which share its steps.
     """
-    alone: list[tuple[float, str]] = []
+
+    def alone(device: Device, n: int) -> Plan:
+        return plan(costs, [device], n_in_flight=n, is_disk_allowed=is_disk_allowed)
+
+    found: list[tuple[float, Device]] = []
     for device in devices:
-        try:
-            alone.append((plan(costs, [device], is_disk_allowed=is_disk_allowed).token_seconds, device.name))
-        except PlanImpossible:
-            continue
-    alone = sorted(alone)[:n_samples]
-    if len(alone) < 2:
+        with contextlib.suppress(PlanImpossible):
+            found.append((alone(device, 1).token_seconds, device))
+    found = sorted(found, key=lambda pair: pair[0])[:n_samples]
+    if len(found) < 2:
         return None
-    seconds = tuple(found for found, _ in alone)
-    return Replicas(tuple(name for _, name in alone), seconds, 1 / sum(1 / found for found in seconds))
+    n_each = -(-n_samples // len(found))
+    speed = sum(1 / alone(device, n_each).throughput_seconds for _, device in found)
+    return Replicas(tuple(device.name for _, device in found), tuple(seconds for seconds, _ in found), 1 / speed)
 
 
 def variations(

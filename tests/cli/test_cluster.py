@@ -177,7 +177,7 @@ def test_a_plan_for_described_machines(run, tmp_path):
     ("flags", "what"),
     [
         ([], "in ms a token,"),
-        (["--in-flight", "4"], "in ms a token of all samples,"),
+        (["--in-flight", "128"], "in ms a token of all samples,"),
         (["--objective", "prefill"], "in ms a prompt of 512 tokens,"),
     ],
 )
@@ -188,7 +188,7 @@ def test_what_would_change_is_told_of_what_was_asked_for(run, tmp_path, flags, w
     found = json.loads(run(*command, "--json")[0])
     changes = {row["change"]: row for row in found["variations"]}
     alone = changes["without machine1"]
-    # Two machines alike with a quick link: one answer gains nothing by the second, samples and prompts do.
+    # Two machines alike with a quick link: one answer gains nothing by the second, many samples and prompts do.
     assert (alone["seconds"] > 1.3 * found["seconds"]) == bool(flags)
     assert alone["token_seconds"] <= found["token_seconds"] * 1.01
     halved, doubled = changes["half the context"], changes["double the context"]

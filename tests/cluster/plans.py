@@ -1,6 +1,7 @@
 """Cases for plans: small random ones with every ring that there is, and the worked example of the reference."""
 
 import itertools
+import math
 import random
 
 from localreason.cluster.costs import Links, ModelCosts
@@ -57,23 +58,29 @@ def random_case(seed, is_alike=False):
     return model, devices, Links(pairs, (0.2, 30.0)), draw.random() < 0.4
 
 
-def step(model, one, layers, n_gpu, is_output_there, is_head, is_disk, n_rounds):
+def step(model, one, layers, n_gpu, is_output_there, is_head, is_disk, n_rounds, n_rows):
     """Seconds of computing, of reading, and of reading late, from the definition; None where it does not fit."""
     cells = model.cache_bytes * model.n_context
     on_cpu, on_gpu = layers[: len(layers) - n_gpu], layers[len(layers) - n_gpu :]
-    busy = sum(
-        model.layer_bytes[i] / one.weight_speed(model.layer_type[i]) + cells / one.memory_bandwidth for i in on_cpu
-    )
+
+    def times(n_bytes, kind):
+        """The weights are read once, until so many rows are slower than that."""
+        speed, prefill = one.weight_speed(kind), one.prefill_speed(kind)
+        seconds = max(n_bytes / speed, n_rows * n_bytes / prefill)
+        return seconds, seconds * speed / one.gpu_speed if one.gpu_speed else None
+
+    layer_times = {i: times(model.layer_bytes[i], model.layer_type[i]) for i in layers}
+    busy = sum(layer_times[i][0] + n_rows * cells / one.memory_bandwidth for i in on_cpu)
     ram, gpu = sum(model.layer_bytes[i] for i in on_cpu), sum(model.layer_bytes[i] + cells for i in on_gpu)
     if on_gpu or is_output_there:
         if not one.gpu_speed:
             return None
-        busy += gpu / one.gpu_speed
+        busy += sum(layer_times[i][1] + n_rows * cells / one.gpu_speed for i in on_gpu)
     if is_head and is_output_there:
-        busy += model.output_bytes / one.gpu_speed
+        busy += times(model.output_bytes, "Q6_K")[1]
         gpu += model.output_bytes
     elif is_head:
-        busy += model.output_bytes / one.weight_speed("Q6_K")
+        busy += times(model.output_bytes, "Q6_K")[0]
         ram += model.output_bytes
     if (on_gpu or is_output_there) and gpu + model.scratch_bytes > one.gpu_memory_bytes:
         return None
@@ -83,16 +90,20 @@ def step(model, one, layers, n_gpu, is_output_there, is_head, is_disk, n_rounds)
     return busy, max(0, ram - room) / one.disk_sequential, max(0, ram - n_rounds * room) / one.disk_sequential
 
 
-def everything(model, devices, links, is_disk, n_rounds=1):
-    """(latency, bottleneck) of every ring that fits."""
+def everything(model, devices, links, is_disk, n_rounds=1, n_samples=None):
+    """(seconds of a token, seconds between tokens of all samples) of every ring that fits."""
     head, *workers = devices
-    row = 4 * model.n_embd
     for n in range(len(workers) + 1):
+        n_rows = 1
+        if n_samples:  # two batches for each machine of a ring, one for a machine alone
+            n_rows = math.ceil(n_samples / (2 * (n + 1))) if n else n_samples
+        row = 4 * model.n_embd
         for chosen in itertools.permutations(workers, n):
             ring = [*chosen, head]
             hops = list(zip(ring, [*ring[1:], ring[0]], strict=True)) if n else []
             hop = n_rounds * sum(links.seconds(a.name, b.name, row) for a, b in hops)
-            use = n_rounds * max((links.transfer_seconds(a.name, b.name, row) for a, b in hops), default=0)
+            rows_hop = n_rounds * sum(links.seconds(a.name, b.name, n_rows * row) for a, b in hops)
+            use = n_rounds * max((links.transfer_seconds(a.name, b.name, n_rows * row) for a, b in hops), default=0)
             for cuts in itertools.combinations(range(1, model.n_layers), n):
                 bounds = [0, *cuts, model.n_layers]
                 runs = [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
@@ -101,12 +112,21 @@ def everything(model, devices, links, is_disk, n_rounds=1):
                 options = []
                 for one, layers in zip(ring, runs, strict=True):
                     places = [(0, False)] + [(g, one is head) for g in range(len(layers) + 1) if one.gpu_speed]
-                    found = [step(model, one, layers, g, there, one is head, is_disk, n_rounds) for g, there in places]
-                    options.append([entry for entry in found if entry])
+                    found = [
+                        [step(model, one, layers, g, there, one is head, is_disk, n_rounds, r) for r in (1, n_rows)]
+                        for g, there in places
+                    ]
+                    options.append([entry for entry in found if entry[0]])
                 for parts in itertools.product(*options):
-                    total = hop + sum(busy + late for busy, _, late in parts)
-                    bound = max(busy + read for busy, read, _ in parts)
-                    yield max(total, bound), max(bound, use)
+                    total, sum_of_rows = (
+                        hops + sum(busy + late for busy, _, late in steps)
+                        for hops, steps in zip((hop, rows_hop), zip(*parts, strict=True), strict=True)
+                    )
+                    bound, slowest = (max(busy + read for busy, read, _ in steps) for steps in zip(*parts, strict=True))
+                    between = max(slowest, use)
+                    if n_samples:
+                        between = max(math.ceil(n_samples / n_rows) * between, sum_of_rows) / n_samples
+                    yield max(total, bound), between
 
 
 def best(values, key):
