@@ -4,7 +4,8 @@ import re
 
 _FENCE = re.compile(r"^[ \t]*(```|~~~)", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\s*\{")
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\boxed\s*\{\s*\}|\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+"""An empty box is taken as a whole, so that it opens nothing."""
 
 
 def in_code_or_formula(text: str) -> bool:
@@ -31,7 +32,7 @@ def in_code_or_formula(text: str) -> bool:
 
 
 def find_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{...}` whose braces balance, or None."""
+    """The content of the last `\\boxed{...}` whose braces balance and hold something, or None."""
     open: list[re.Match[str]] = []
     best = None
     # One pass: a model that repeats `\\boxed{` for ever must not cost a scan for each.

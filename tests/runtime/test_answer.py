@@ -40,6 +40,8 @@ from localreason.runtime.markup import in_code_or_formula
         ("\\boxed{\\left\\{1, 2\\right\\}}", "\\left\\{1, 2\\right\\}"),
         ("there are 5 apples", None),
         ("\\boxed{}", None),
+        ("\\boxed{7}. It is placed within \\boxed{}.", "7"),
+        ("The answer is 7, in \\boxed{ }.", "7"),
         ("", None),
     ],
 )
