@@ -280,9 +280,9 @@ class Uniform:
 
 
 def uniform(
-    costs: ModelCosts, device: Device, is_head: bool, is_disk_allowed: bool, n_rounds: int, step: Step
+    costs: ModelCosts, device: Device, is_head: bool, is_disk_allowed: bool, n_rounds: int, step: Step, grid: int
 ) -> Uniform:
-    """The table of one device for several rounds."""
+    """The table of one device for several rounds of multiples of `grid` layers; the head has what is over."""
     n = costs.n_layers
     rate = rates(costs, device, step)
     cpu, gpu, weights = float(rate.cpu.mean()), float(rate.gpu.mean()), sum(costs.layer_bytes) / n
@@ -305,4 +305,6 @@ def uniform(
         start = int(counts[0]) if len(counts) else n + 1
         total[start:, column] = np.where(np.isinf(read), np.inf, seconds + late)
         bound[start:, column] = seconds + read
+    count = np.arange(n + 1)
+    total[(count % grid != (n % grid if is_head else 0)) | (count // grid < n_rounds)] = np.inf
     return Uniform(total, bound, tuple(choices))

@@ -164,7 +164,7 @@ def plan(
             if found is not None and _value(task, found) < most:
                 best = found
     if best is None:
-        raise _impossible(task)
+        raise _impossible(task, [rounds] if isinstance(rounds, int) else rounds)
     return best
 
 
@@ -229,8 +229,26 @@ def _one_round(task: _Task) -> Plan | None:
 def _several_rounds(task: _Task, n_rounds: int) -> Plan | None:
     if task.costs.n_layers < n_rounds:
         return None
+    found = _evenly(task, n_rounds, 1)
+    return _evenly(task, n_rounds, _grid(task.costs)) if found is None and task.costs.barred else found
+
+
+def _grid(costs: ModelCosts) -> int:
+    """The fewest layers of which every window, beginning and ending after a multiple of them, can be cut out."""
+    n = costs.n_layers
+
+    def is_cut(grid: int) -> bool:
+        bounds = [*range(0, n - n % grid, grid), n]
+        return not any((first, end) in costs.barred for i, first in enumerate(bounds) for end in bounds[i + 1 :])
+
+    return next(filter(is_cut, range(2, n)), n)
+
+
+def _evenly(task: _Task, n_rounds: int, grid: int) -> Plan | None:
+    """The best plan of as many layers of a device in each round as can be, in multiples of `grid`."""
     tables = [
-        uniform(task.costs, d, i == 0, task.is_disk_allowed, n_rounds, task.step) for i, d in enumerate(task.devices)
+        uniform(task.costs, d, i == 0, task.is_disk_allowed, n_rounds, task.step, grid)
+        for i, d in enumerate(task.devices)
     ]
     found = _find(
         task,
@@ -242,22 +260,26 @@ def _several_rounds(task: _Task, n_rounds: int) -> Plan | None:
     if found is None:
         return None
     limit, route = found
+    if len(route.stops) == 1:  # between two windows of the head alone there is nothing
+        return _one_round(replace(task, devices=task.devices[:1]))
     parts = []
     for stop in route.stops:
         count, table = stop.end - stop.first, tables[stop.device]
         parts.append((stop.device, count, *table.choices[int(table.best(limit)[1][count])]))
-    windows = _spread(task, parts, n_rounds)
+    windows = _spread(task, parts, n_rounds, grid)
     if any((window.first, window.end) in task.costs.barred for window in windows):
         return None
     return _predict(task, windows, n_rounds, parts[-1][3])
 
 
-def _spread(task: _Task, parts: list[tuple[int, int, int, bool]], n_rounds: int) -> list[Window]:
+def _spread(task: _Task, parts: list[tuple[int, int, int, bool]], n_rounds: int, grid: int) -> list[Window]:
     """Windows of each device, as equal as they can be, later rounds the larger; so too the layers on a GPU."""
     windows, first = [], 0
     for i in range(n_rounds):
         for device, count, n_gpu, _ in parts:
-            sizes = [(r + 1) * count // n_rounds - r * count // n_rounds for r in range(n_rounds)]
+            n = count // grid
+            sizes = [grid * ((r + 1) * n // n_rounds - r * n // n_rounds) for r in range(n_rounds)]
+            sizes[-1] += count % grid
             n_cpu = [0] * n_rounds
             for _ in range(count - n_gpu):
                 free = [r for r in range(n_rounds) if n_cpu[r] < sizes[r]]
@@ -285,8 +307,13 @@ def _predict(task: _Task, windows: list[Window], n_rounds: int, is_output_there:
     return Plan(tuple(windows), n_rounds, found.token_seconds, found.throughput_seconds, found.shares, task.n_batch)
 
 
-def _impossible(task: _Task) -> PlanImpossible:
+def _impossible(task: _Task, rounds: Sequence[int]) -> PlanImpossible:
     costs, n = task.costs, len(task.devices)
+    if min(rounds) > costs.n_layers:
+        return PlanImpossible(
+            f"{min(rounds)} rounds were asked for and the model has {costs.n_layers} layers, of which each round takes "
+            "one of every machine; ask for fewer rounds"
+        )
     there = sum(
         max(0, device.memory_bytes - costs.scratch_bytes)
         + (max(0, device.gpu_memory_bytes - costs.scratch_bytes) if has_gpu(device) else 0)

@@ -227,6 +227,33 @@ def test_rounds_can_be_fixed_and_remainders_are_spread():
     assert max(sizes) - min(sizes) <= 1
 
 
+def test_rounds_are_cut_where_the_model_can_be():
+    n = 26  # a window has to have a sixth layer in it
+    barred = frozenset((a, b) for a in range(n) for b in range(a + 1, n + 1) if b // 6 == a // 6)
+    devices = [device(memory=400), device("other", memory=400, speed=60.0)]
+    found = plan(costs((10,) * n, barred=barred), devices, Links(default=(0.01, 1e9)), "throughput", rounds=2)
+    assert [(w.device, w.first, w.end) for w in found.windows] == [
+        ("other", 0, 6),
+        ("head", 6, 12),
+        ("other", 12, 18),
+        ("head", 18, 26),
+    ]
+    one = plan(costs((10,) * n, barred=barred), devices, Links(default=(0.01, 1e9)), "throughput", rounds=1)
+    assert not barred & {(w.first, w.end) for w in one.windows}
+
+
+def test_a_machine_alone_has_one_window_whatever_the_rounds():
+    devices = [device(), device("far", memory=60)]
+    found = plan(costs(), devices, Links(default=(10.0, 1e9)), rounds=2)
+    assert [(w.device, w.first, w.end) for w in found.windows] == [("head", 0, 4)]
+    assert found.n_rounds == 1
+
+
+def test_more_rounds_than_layers_are_refused_as_that():
+    with pytest.raises(PlanImpossible, match=r"5 rounds were asked for and the model has 4 layers.*ask for fewer"):
+        plan(costs(), [device(), device("other")], rounds=5)
+
+
 def test_throughput_shares_work_out_where_latency_keeps_it_on_the_faster_machine():
     devices, links = [device(speed=12.0), device("other")], Links(default=(0.01, 1e9))
     assert len(plan(costs(), devices, links).per_device) == 1
