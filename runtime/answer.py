@@ -10,27 +10,52 @@ from itertools import accumulate
 from math import comb, prod
 from typing import Any
 
-from .markup import find_boxed
+from .markup import find_boxed, find_code_line, find_formula, in_code_or_formula
 
 _LONGEST = 400
-"""Characters of an answer that are compared mathematically; longer ones are compared as text."""
-_LEADS = re.compile(r"(?:final answer(?: is\b)?|answer(?: is\b)?)\**\s*[:=]?\s*\**\s*", re.IGNORECASE)
-_NUMBER = re.compile(r"-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:\s*/\s*\d+)?")
-_RESULT = re.compile(
-    r"(?=[^\n=]*[-+*/×÷^])[^\n=]*+=(?:[^\n=]*+=)*+\s*+\**+\s*+(-?\$?\d+(?:,\d{3})*(?:\.\d+)?)(?=[.\s*$]*$)",
-    re.MULTILINE,
+"""Characters of an answer that are read as mathematics; longer ones are compared as text."""
+_LEADS = re.compile(
+    r"(?:^[#*_ \t]*+(?:final )?answer[*_ \t]*+$|#{4,}"
+    r"|(?:final )?answer(?:\*{0,2}\s+is\b(?:\*{0,2}\s*[:=])?\*{0,2}|\*{0,2}\s*[:=]\*{0,2}|\*\*))(\s*+(?:\*+(?=\S))?)",
+    re.IGNORECASE | re.MULTILINE,
 )
-"""A calculation up to the end of its line: `12 + 7 = 19`; nothing in it is tried in two ways."""
+"""A heading `Answer`, `####`, `Final Answer:`, `The answer is`, `**Answer**`; not `the answer 3 times`."""
 _MOST_LEADS = 32
-_LONGEST_LINE = 200
 """A model that repeats itself for ever must not cost a look at the rest of its reply for each lead."""
+_LONGEST_TEXT = 40
+"""Characters of a line that is an answer as it stands; a longer one is a sentence."""
+_ITEM = re.compile(r"(?:[-+*•]|1[.)])[ \t]+\S")
+"""An item of a list is a step or one of several answers."""
+_MARKS = re.compile(r"\*\*(?!\w)|(?<!\w)\*\*|`|(?<!\\)\\[()\[\]]")
+_BRACED = re.compile(r"\{[^{}]*\}")
+_VARIABLE = r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])"
+_WRAPPED = re.compile(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(
     r"\(?([A-J])\)?(?!,?\s+(?:or|and)\s+\(?[A-J]\b)"
     r"(?=[.,:*\s]*$|[.,:;]\s|\*\*|\s+(?:because|since|as)\b|(?<![AI])\s+[a-z]{2})",
     re.MULTILINE,
 )
 """A letter at the end of its line, before a mark or before words; `A` and `I` may be words themselves."""
-_FORMULA = re.compile(r"\$([^$\n]+)\$(?!\d)")
+_PROSE = r"(?:[aAI]\s+)?[^\W\d_]{2}"
+_REMARK = re.compile(
+    rf"[.;?](?=\s|$)|,?\s(?:because|since|as|so|where|which|but)\b|,\s+(?!(?:and|or)\b){_PROSE}|≈|\\approx|<[|/]"
+    rf"|\s[-–—]+\s+[^\W\d_]{{2,}}\s|\s\([^\W\d_]{{2}}|(?<=\d)\s\((?![^()]*{_VARIABLE})"
+)
+"""What ends a clause: a full stop, a reason, a rounded value, words behind a comma or a dash, words or numbers in
+brackets."""
+_NAMES = r"(?:sqrt|pi|sin|cos|tan|log|ln)\b"
+_WORD = re.compile(rf"(?<![\\\w])(?!{_NAMES}|(?:and|or)\s+(?![^\W\d_]{{2}})){_PROSE}|(?<=\d )[mg](?!\w|\s*[-+*/^=(])")
+"""Such as a unit, `m` and `g` behind a space too. Functions, commands of LaTeX and the `and` of `2 and 3` are none."""
+_MORE = re.compile(
+    r"[ \t,]*+(?:(?!(?:in|for|of|per|after)\b)[^\W\d]+\s*)?"
+    r"(?:(?:[-−+*/×÷=^<>&]|(?:and|or|to|x)\b)\s*[\d\\$(€£−-]|,?\s*[$€£]?\d)"
+)
+"""Another part of the answer behind what seemed to be all: `hours and 30 minutes`, `dollars - 5 dollars`, `= 5`."""
+_START = re.compile(rf"(?!\(?[A-J]\b|a\s+\w)(?:[-+−±]\s*)?(?:[\d.\\(\[{{|√π∞$€£]|{_NAMES}|[A-Za-z](?![A-Za-z]))")
+"""How a formula begins: neither with the letter of an option nor with the article `a`."""
+_UNENDED = re.compile(r"[-−+*/×÷=^_<>\\]$")
+_OPERATOR = re.compile(r"[-−+*/×÷^]|\\(?:times|cdot|div|[dt]?frac)")
+_TIMES = re.compile(r"(?<![A-Za-z\\])x(?=\s*\d)")
 _WORDS = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)*")
 _PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 _UNIT = re.compile(r"^([-+]?\d+(?:\.\d+)?)\s+[a-zA-Z][a-z]{2,}(?:\s+[a-z]{2,})*(?:\^\{?\d\}?)?$")
@@ -60,43 +85,79 @@ _LETTER, _COMMAND = re.compile(r"[a-zA-Z]"), re.compile(r"\\[a-zA-Z]+")
 
 
 def extract(text: str) -> str | None:
-    """The answer of a reply: its last `\\boxed{...}`, else what follows `####` or a lead such as `Final Answer:`.
+    """The answer of a reply: its last `\\boxed{...}` with something in it, else what the last readable lead leads to.
 
     None where there is neither; a bare last number is not taken for an answer.
     """
     boxed = find_boxed(text)
     if boxed is not None:
-        return boxed.strip() or None
-    if "####" in text:
-        return _line(text.rpartition("####")[2])
-    for lead in reversed(deque(_LEADS.finditer(text), _MOST_LEADS)):
-        formula = _FORMULA.match(text, lead.end())
-        if formula:
-            return formula.group(1).strip()
-        result = _RESULT.match(text, lead.end())
-        if result:
-            return result.group(1)
-        number = _NUMBER.match(text, lead.end())
-        if number:
-            return number.group().strip()
-        choice = _CHOICE.match(text, lead.end())
-        if choice:
-            return choice.group(1)
-        line = _line(text[lead.end() : lead.end() + _LONGEST_LINE])
-        if line and len(line) <= 40 and lead.group().lower().startswith("final"):
-            return line
-    return None
+        return boxed.strip()
+    leads = reversed(deque(_LEADS.finditer(text), _MOST_LEADS))
+    return next((answer for lead in leads if (answer := _follow(text, lead)) is not None), None)
 
 
-def _line(text: str) -> str | None:
-    lines = text.strip().splitlines()
-    return lines[0].strip().strip("*$ ").rstrip(".").strip() or None if lines else None
+def _follow(text: str, lead: re.Match[str]) -> str | None:
+    """What a lead leads to: a formula between delimiters; else what its line begins with, a choice, a number or a
+    formula; else, behind `Final Answer` and `####`, the line itself where it is short."""
+    start = lead.end()
+    if "\n" in lead[1] and _ITEM.match(text, start):
+        return None
+    formula = find_formula(text, start)
+    if formula and not _MORE.match(text, formula.end()):
+        return _checked(_result(formula[formula.lastindex or 0]))
+    line = find_code_line(text, start) or text[start : start + _LONGEST].partition("\n")[0]
+    if in_code_or_formula(line.replace("$", "")):
+        return None
+    line = _MARKS.sub("", line).strip()
+    choice = _CHOICE.match(line)
+    if choice:
+        return choice[1]
+    is_text = ("final" in lead[0].lower() or lead[0].startswith("####")) and len(line) <= _LONGEST_TEXT
+    return _maths(line) or (_checked(line) if is_text else None)
+
+
+def _maths(line: str) -> str | None:
+    """The number or formula that begins a line, or the result of a calculation there, without the words behind it."""
+    remark = _REMARK.search(_mask(line))
+    clause = _result(line[: remark.start()] if remark else line)
+    word = _WORD.search(_mask(clause))
+    head, tail = (clause[: word.start()], clause[word.start() :]) if word else (clause, "")
+    head = head.strip(" ,;:*")
+    if head.endswith(")") and _balance(head) < 0:
+        head = head[:-1]  # the bracket that the whole sentence stands in
+    # `5:30` is a part of `5:30 pm`, as is a letter of `x in [0, 1]`.
+    is_part = _MORE.match(tail) or (tail and (":" in head or head.isalpha())) or len(head) >= _LONGEST
+    return _checked(head) if _START.match(head) and not is_part and not _UNENDED.search(head) else None
+
+
+def _mask(line: str) -> str:
+    """A line without what braces hold: words in `\\text{...}` end nothing."""
+    return _BRACED.sub(lambda found: "{" + "0" * (len(found[0]) - 2) + "}", line)
+
+
+def _result(formula: str) -> str:
+    """What a calculation without variables comes to, such as the 15 of `20 - 5 = 15`; else the formula itself."""
+    before, _, after = formula.rpartition("=")
+    sides = _TIMES.sub("*", before).rpartition("=")[2]
+    is_calculation = _OPERATOR.search(sides) and not re.search(_VARIABLE, sides) and "," not in sides
+    return after if is_calculation and _balance(sides) == 0 else formula
+
+
+def _balance(text: str) -> int:
+    """How many brackets are open at the end of a text, of whatever kind: an interval may be half open."""
+    return sum((each in "([{") - (each in ")]}") for each in text)
+
+
+def _checked(answer: str) -> str | None:
+    """An answer without marks around it; None where nothing or only a part of a formula is left."""
+    answer = answer.strip("*,;: \t\n").rstrip(".")
+    return answer if re.search(r"[\w∞∅]", answer) and _balance(answer) == 0 and "\\boxed" not in answer else None
 
 
 def normalise(answer: str) -> str:
     """An answer without what does not change it: separators, money, units of angle, text wrappers, leading zeros."""
     text = _UNIT_TEXT.sub("", answer.strip().strip("$").strip())
-    text = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = _WRAPPED.sub(r"\1", text)
     text = re.sub(r"\\\\|\\(?:left|right|!|,|;|\s)|\\\$|\^\\circ|\^\{\\circ\}|\\%|%|\$", _drop, text)
     text = re.sub(r"(?<=\d),(?=\s?\d{3}(?!\d))\s?", "", text.replace("dfrac", "frac").replace("tfrac", "frac"))
     text = _UNIT.sub(r"\1", re.sub(r"\s+", " ", text).strip().rstrip("."))

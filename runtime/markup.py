@@ -1,9 +1,13 @@
-"""Whether a text ends inside code or an open formula."""
+"""Code and formulas in a text: whether it ends inside one, and the one that stands at a position."""
 
 import re
 
 _FENCE = re.compile(r"^[ \t]*(```|~~~)", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\s*\{")
+_FORMULA = re.compile(
+    r"\\\[(.{1,400}?)\\\]|\\\((.{1,400}?)\\\)|\$\$(.{1,400}?)\$\$|\$((?:[^$\n\\]|\\.){1,400})\$(?!\d)", re.DOTALL
+)
+_CODE_LINE = re.compile(r"```\w*[ \t]*\n([^\n]+)\n[ \t]*```")
 _BRACES = re.compile(r"\\boxed\s*\{\s*\}|\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 """An empty box is taken as a whole, so that it opens nothing."""
 
@@ -29,6 +33,17 @@ def in_code_or_formula(text: str) -> bool:
         return False
     rest = paragraph[starts[-1] :]
     return rest.count("{") + 1 > rest.count("}")
+
+
+def find_formula(text: str, start: int) -> re.Match[str] | None:
+    """The formula between delimiters that begins at `start`; its last group is what they hold."""
+    return _FORMULA.match(text, start)
+
+
+def find_code_line(text: str, start: int) -> str | None:
+    """The line of the code block that begins at `start`, where it has just one."""
+    found = _CODE_LINE.match(text, start)
+    return found[1] if found else None
 
 
 def find_boxed(text: str) -> str | None:

@@ -20,11 +20,12 @@ from localreason.runtime.markup import in_code_or_formula
         ("**Final Answer**: $x+1$", "x+1"),
         ("Final Answer: 12 + 7 = 19", "19"),
         ("The answer is 3 * 4 = 6 + 6 = 12.", "12"),
-        ("The answer is 5 - 2 apples", "5"),
+        ("The answer is 5 - 2 apples", "5 - 2"),
+        ("The answer is 5 - the apples", "5"),
         ("The answer is 3/4.", "3/4"),
         ("The answer is 5, since", "5"),
         ("The answer is $\\frac{3}{4}$.", "\\frac{3}{4}"),
-        ("The answer is $5 and $6", "$5"),
+        ("The answer is $5 and $6", "$5 and $6"),
         ("The answer is (B).", "B"),
         ("The answer is A good one", None),
         ("The answer is I think 5", None),
@@ -46,6 +47,104 @@ from localreason.runtime.markup import in_code_or_formula
     ],
 )
 def test_extract(text, answer):
+    assert extract(text) == answer
+
+
+@pytest.mark.parametrize(
+    "lead", ["Final Answer:", "**Final Answer:**", "The answer is", "Answer:", "####", "### Answer\n"]
+)
+@pytest.mark.parametrize(
+    ("ending", "answer"),
+    [
+        ("3\\sqrt{2}", "3\\sqrt{2}"),
+        ("3\\sqrt{2} cm.", "3\\sqrt{2}"),
+        ("3 sqrt(2)", "3 sqrt(2)"),
+        ("2^{10}", "2^{10}"),
+        ("10^5.", "10^5"),
+        ("1e6", "1e6"),
+        ("3x+2", "3x+2"),
+        ("3 + 2i", "3 + 2i"),
+        ("1 1/2 cups", "1 1/2"),
+        ("3.14 × 10^5", "3.14 × 10^5"),
+        (".05", ".05"),
+        ("−5.", "−5"),
+        ("5!", "5!"),
+        ("10,\\!080", "10,\\!080"),
+        ("52_8", "52_8"),
+        ("2, 3", "2, 3"),
+        ("4, 5, and 6", "4, 5, and 6"),
+        ("3:4", "3:4"),
+        ("(0, 1]", "(0, 1]"),
+        ("\\text{Evelyn}", "\\text{Evelyn}"),
+        ("\\left( 3, \\frac{\\pi}{2} \\right).", "\\left( 3, \\frac{\\pi}{2} \\right)"),
+        ("y = 2x + 3.", "y = 2x + 3"),
+        ("\\$18", "\\$18"),
+        ("20-5=15 dollars", "15"),
+        ("20 dollars - 5 dollars = 15 dollars.", "15"),
+        ("3 x 4 = 12 apples.", "12"),
+        ("\\frac{1}{2} + \\frac{1}{4} = \\frac{3}{4}", "\\frac{3}{4}"),
+        ("x = 20 - 5 = 15", "15"),
+        ("20/3 ≈ 6.67", "20/3"),
+        ("7 (since 3+4=7).", "7"),
+        ("7 because 3 + 5 = 8.", "7"),
+        ("18 (9 + 9)", "18"),
+        ("18 dollars for 3 days", "18"),
+        ("18 for 3 days", "18"),
+        ("42, a prime.", "42"),
+        ("42, and the answer 41 would be wrong.", "42"),
+        ("5 m.", "5"),
+        ("5 x", "5 x"),
+        ("**42**, I think", "42"),
+        ("`42`", "42"),
+        ("$x$ = 5", "$x$ = 5"),
+        ("$x = 3$ or $x = 5$", "$x = 3$ or $x = 5$"),
+        ("$\\$18$", "\\$18"),
+        ("$12 + 7 = 19$", "19"),
+        ("\\(\\frac{3}{4}\\) cups", "\\frac{3}{4}"),
+        ("\n\\[\n\\frac{3}{4}\n\\]", "\\frac{3}{4}"),
+        ("\n\n$$\n\\frac{3}{4}\n$$", "\\frac{3}{4}"),
+        ("\n\n$$\nx = 5.\n$$", "x = 5"),
+        ("\n```\n5\n```", "5"),
+        ("\n**5**", "5"),
+        ("5 hours 30 minutes in all, by every clock of the house", None),
+        ("5 hours and 30 minutes in all, by every clock of the house", None),
+        ("20 dollars - 5 dollars that she had given to her mother", None),
+        ("\n1. Add 40 and 2.\n2. Done.", None),
+        ("\n- 42\n- 43", None),
+        ("\n```\nx = 1\nprint(x)\n```", None),
+        ("\n\\[\n\\frac{3}{4}\n", None),
+        ("\\[", None),
+        ("\\boxed{4", None),
+        ("**", None),
+        ("a good one, or so everybody in the village seems to think", None),
+        ("(as above, though nobody in the village would believe it)", None),
+    ],
+)
+def test_behind_every_lead_the_whole_answer_is_read_or_none(lead, ending, answer):
+    assert extract(f"So 3 + 4 = 7.\n\n{lead} {ending}") == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 42.\n\nHere is how I found the answer:\n1. Add 40 and 2.", "42"),
+        ("The answer is 42. I checked the answer 3 times.", "42"),
+        ("Final Answer: 42\n\nNote: this answer 2 digits.", "42"),
+        ("To find the answer:\n\n1. Add 2 and 3.\n2. So it is 5.", None),
+        ("I do not know the answer\n5 is a prime", None),
+        ("#### Step 3: Add\nThe answer is 42.", "42"),
+        ("#### Final Answer\n42", "42"),
+        ("#### Final Answer: 42", "42"),
+        ("**Final Answer**\n\n\\[ 5 \\]", "5"),
+        ("(The answer is 42.)", "42"),
+        ("Final Answer: 5:30 pm", "5:30 pm"),
+        ("The answer is 5:30 pm", None),
+        ("Final Answer: 5 hours and 30 minutes", "5 hours and 30 minutes"),
+        ("Final Answer: Paris", "Paris"),
+        ("The answer is Paris", None),
+    ],
+)
+def test_a_lead_leads_to_what_is_stated_there(text, answer):
     assert extract(text) == answer
 
 
@@ -162,6 +261,16 @@ def test_a_boxed_that_repeats_without_end_is_read_in_one_pass():
         "answer: 1 + 1 =" + "\n" * 20_000 + "x",
         "answer: 1 + 1 =" + " " * 20_000 + "x",
         "answer: " + "1 + 1 = " * 5_000 + "x",
+        "answer: \\[" * 10_000,
+        ("final answer: " + "1 (" * 130 + "\n") * 200,
+        ("final answer: " + "1 a " * 100 + "\n") * 200,
+        ("final answer: " + ", " * 200 + "\n") * 200,
+        "answer:\n```\n" * 10_000,
+        "answer" + " " * 100_000,
+        "#" * 100_000,
+        ("#" * 50_000 + "\n") * 2,
+        "\\boxed{" + " " * 100_000,
+        "\\boxed{ }" * 10_000,
     ],
 )
 def test_a_reply_that_goes_on_for_ever_is_read_in_one_pass(text):
