@@ -261,7 +261,9 @@ def plan(
         str | None, typer.Option("--objective", help="latency, throughput or prefill; unset: by --in-flight.")
     ] = None,
     in_flight: Annotated[int, typer.Option("--in-flight", min=1, max=256, help="Samples at once.")] = 1,
-    context: Annotated[int, typer.Option("--context", min=256, max=1 << 24, help="Tokens of the cache.")] = 4096,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Tokens of the cache, 16 to 16777216; unset: the setting, or 4096.")
+    ] = None,
     cache_type: Annotated[str | None, config.flag("cache_type")] = None,
     row_type: Annotated[str | None, config.flag("row_type")] = None,
     rounds: Annotated[int | None, config.flag("rounds")] = None,
@@ -287,8 +289,8 @@ def plan(
 
     others = compare or []
     explain = explain or bool(others)
-    given = {"cache_type": cache_type, "row_type": row_type, "rounds": rounds, "disk": disk, "peers": peers}
-    settings = config.load({**given, "model": model})
+    given = {"context": context, "cache_type": cache_type, "row_type": row_type, "rounds": rounds}
+    settings = config.load({**given, "disk": disk, "peers": peers, "model": model})
     chosen = settings.settings
     file = ModelFile(build.find_model(settings, build.HuggingFace))
     file.check_cut()
@@ -298,16 +300,12 @@ def plan(
             raise typer.BadParameter(f"{objective!r} is not latency, throughput or prefill", param_hint="--objective")
         wish = replace(wish, objective=objective)
     machines, links = planning.read_devices(devices) if devices else ring.measure_home(file, settings)
-    question = planning.Question(file, machines, links, wish, context, chosen.cache_type or "f16", chosen.row_type)
-    found = question.answer()
+    question = planning.Question(file, machines, links, wish, chosen.context or ring.N_CONTEXT, "f16", chosen.row_type)
+    question, found = question.settled(chosen.cache_type)
     if is_json:
         print(json.dumps(planning.as_json(question, found, explain, others), indent=2))
         return
-    print(
-        "\n".join(
-            planning.table(found, question.replicas()) + (planning.explain(question, found, others) if explain else [])
-        )
-    )
+    print("\n".join(planning.table(question, found) + (planning.explain(question, found, others) if explain else [])))
 
 
 def _size(n_bytes: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from ..cluster.costs import Links, ModelCosts
 from ..cluster.device import Device
 from ..cluster.errors import ProtocolError
-from ..cluster.placing import HEAD_NAME, N_READ, Wish, model_costs
+from ..cluster.placing import HEAD_NAME, N_READ, Wish, model_costs, with_cache_type
 from ..cluster.plan import N_PROMPT, Plan
 from ..cluster.variation import Replicas, replicate, variations
 from ..quant.gguf import ModelFile
@@ -33,9 +33,14 @@ class Question:
     def costs(self) -> ModelCosts:
         return model_costs(self.file, self.n_context, self.cache_type, self.row_type)
 
-    def answer(self) -> Plan:
-        """Raises PlanImpossible."""
-        return self.wish.plan(self.costs(), self.devices, self.links)
+    def settled(self, cache_type: str | None) -> "tuple[Question, Plan]":
+        """The question with the wanted type of cache, or the one that fits, and its answer. Raises PlanImpossible."""
+
+        def find(kind: str) -> tuple[Question, Plan]:
+            asked = replace(self, cache_type=kind)
+            return asked, self.wish.plan(asked.costs(), self.devices, self.links)
+
+        return with_cache_type(self.file, cache_type, find)[1]
 
     def variations(self, others: Sequence[Path]) -> list[tuple[str, Plan | None]]:
         """What would be otherwise, and the plan then, None where nothing fits."""
@@ -126,8 +131,9 @@ def _read_link(item: Any, names: list[str]) -> tuple[tuple[str, str], tuple[floa
     return (ends[0], ends[1]), (float(item["seconds"]), float(item["bytes_per_second"]))
 
 
-def table(found: Plan, replicas: Replicas | None) -> list[str]:
+def table(question: Question, found: Plan) -> list[str]:
     """The plan for a person."""
+    wish, replicas = question.wish, question.replicas()
     lines = [
         f"{'machine':<16} {'layers':<20} {'on GPU':>6} {'weights':>10} {'cache':>10} {'busy ms':>8} {'link ms':>8}"
     ]
@@ -140,12 +146,16 @@ def table(found: Plan, replicas: Replicas | None) -> list[str]:
     token, full = found.token_seconds, found.throughput_seconds
     lines.append("")
     lines.append(f"{found.n_rounds} round(s) a token; expected {token * 1000:.1f} ms a token, {1 / token:.1f} a second")
-    if len(found.per_device) > 1:
+    if wish.n_in_flight:
+        lines.append(f"with {wish.n_in_flight} samples: {1 / full:.1f} tokens a second together")
+    elif len(found.per_device) > 1:
         lines.append(f"with the ring kept full by several samples: {1 / full:.1f} tokens a second together")
     if replicas is not None:
         names = ", ".join(replicas.devices)
         lines.append(f"whole copies on {names} instead: {1 / replicas.throughput_seconds:.1f} tokens a second together")
     lines.append(f"a prompt of {N_PROMPT} tokens: {found.prefill_seconds(N_PROMPT):.1f} s")
+    if question.cache_type != "f16":
+        lines.append(f"the cache is of {question.cache_type}")
     if found.is_disk_used:
         lines.append("weights are read from disk again for each token")
     return lines
@@ -172,6 +182,7 @@ def as_json(question: Question, found: Plan, is_explained: bool, others: Sequenc
     wish, replicas = question.wish, question.replicas()
     answer = asdict(found) | {"replicas": asdict(replicas) if replicas else None}
     answer |= {"objective": wish.objective, "seconds": wish.seconds(found)}
+    answer |= {"cache_type": question.cache_type, "n_samples": wish.n_in_flight}
     answer |= {"prefill_seconds": found.prefill_seconds(N_PROMPT), "is_disk_used": found.is_disk_used}
     if is_explained:
         answer["variations"] = [

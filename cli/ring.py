@@ -12,7 +12,15 @@ from ..cluster.errors import ClusterError, PlanImpossible
 from ..cluster.formation import HEAD, Assignment, Placement
 from ..cluster.home import Home, Seen
 from ..cluster.member import Member
-from ..cluster.placing import HEAD_NAME, Wish, model_costs, planned, types_of
+from ..cluster.placing import (
+    HEAD_NAME,
+    Wish,
+    model_costs,
+    planned,
+    types_of,
+    with_cache_type,
+    with_gpu_layers,
+)
 from ..cluster.ring import Placer, RingEngine, RingOptions
 from ..quant.gguf import ModelFile
 from ..runtime.llama import EngineOptions, load_tokenizer, physical_cores
@@ -23,7 +31,8 @@ from .config import Config
 LOOK_SECONDS = 2.0
 _FREE_SECONDS = 12.0
 """More than a node takes to notice that the machine it works for is gone."""
-_N_CONTEXT = 4096
+N_CONTEXT = 4096
+"""Tokens of the cache where nobody says how many are needed."""
 
 
 def make_home(config: Config) -> Home:
@@ -68,19 +77,27 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     if not nodes:
         tell("no node can be used; this machine works alone")
         return Model.open(path, options)
-    n_context = options.n_context or min(options.n_needed or _N_CONTEXT, file.n_context_train * options.n_sequences)
+    n_context = options.n_context or min(options.n_needed or N_CONTEXT, file.n_context_train * options.n_sequences)
     n_threads = options.n_threads or physical_cores()
     if named is None:
         devices, links = measure_machines(file, home, nodes, config)
         nodes = [node for node in nodes if node.name in {device.name for device in devices}]
-        costs = model_costs(file, n_context, options.cache_type or "f16", config.settings.row_type)
         wish = Wish.of(options.n_busy, config.settings.disk, config.settings.rounds)
-        place = planned(costs, {device.name: device for device in devices}, links, wish)
-        if len(place([node.name for node in nodes]).windows) == 1:
+
+        def find(cache_type: str) -> tuple[Placer, Placement]:
+            costs = model_costs(file, n_context, cache_type, config.settings.row_type)
+            there = [with_gpu_layers(devices[0], options.n_gpu_layers, costs), *devices[1:]]
+            place = planned(costs, {device.name: device for device in there}, links, wish)
+            return place, place([node.name for node in nodes])
+
+        cache_type, (place, first) = with_cache_type(file, options.cache_type, find)
+        if len(first.windows) == 1:
             tell("this machine alone is expected to be the fastest; --windows shares the layers all the same")
             return Model.open(path, options)
+        if cache_type != (options.cache_type or "f16"):
+            tell(f"the cache is of {cache_type}: f16 does not hold {n_context} tokens")
     else:
-        place = named
+        place, cache_type = named, options.cache_type or "f16"
     ring = RingEngine(
         file,
         [replace(node.address, name=node.name) for node in nodes if node.address is not None],
@@ -91,7 +108,7 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
             n_context=n_context,
             n_sequences=options.n_sequences,
             n_threads=n_threads,
-            cache_type=options.cache_type or "f16",
+            cache_type=cache_type,
             row_type=config.settings.row_type,
             name=home.identity.name,
         ),

@@ -2,16 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ..quant.gguf import ModelFile
+from ..runtime.memory import is_cache_possible
 from ..runtime.room import cell_bytes
 from .codec import VALUE_BYTES
 from .costs import Links, ModelCosts
 from .device import Device
+from .errors import PlanImpossible
 from .formation import HEAD, Assignment, Placement
 from .plan import N_PROMPT, ROUNDS, Objective, Plan, plan
 
+T = TypeVar("T")
 HEAD_NAME = "head"
 """The head's name among devices."""
 N_READ = 1024
@@ -87,6 +91,30 @@ def model_costs(
         value_bytes=VALUE_BYTES[row_type],
         barred=barred,
     )
+
+
+def with_gpu_layers(head: Device, n_gpu_layers: int | None, costs: ModelCosts) -> Device:
+    """The head with room for at most so many layers on its GPU; None leaves it what it has."""
+    if n_gpu_layers is None:
+        return head
+    if not n_gpu_layers:
+        return replace(head, gpu_memory_bytes=0, gpu_speed=0.0)
+    layers = sum(sorted(costs.layer_bytes)[:n_gpu_layers])
+    room = layers + min(n_gpu_layers, costs.n_layers) * costs.held_cache_bytes + costs.scratch_bytes
+    if n_gpu_layers > costs.n_layers:  # llama.cpp counts the output as a layer
+        room += costs.output_bytes
+    return replace(head, gpu_memory_bytes=min(head.gpu_memory_bytes, room))
+
+
+def with_cache_type(file: ModelFile, wanted: str | None, find: Callable[[str], T]) -> tuple[str, T]:
+    """What `find` makes of a type of cache, and the type: f16 where none is wanted, or q8_0 where f16 does not fit.
+    Raises PlanImpossible."""
+    try:
+        return wanted or "f16", find(wanted or "f16")
+    except PlanImpossible:
+        if wanted is not None or not is_cache_possible(file.header, "q8_0"):
+            raise
+    return "q8_0", find("q8_0")
 
 
 def types_of(file: ModelFile) -> list[str]:

@@ -47,7 +47,7 @@ class Plan:
     windows: tuple[Window, ...]
     n_rounds: int
     token_seconds: float
-    """Of one sequence alone, with the cache read to its end."""
+    """Of one sequence alone, with as many cells of the cache read as the model's costs say."""
     throughput_seconds: float
     """Between tokens, all sequences together: of those that were given, or of a ring kept full."""
     per_device: tuple[Share, ...]

@@ -15,16 +15,19 @@ import pytest
 from localreason.cli.config import load
 from localreason.cli.doctor import clock_row, look_at_nodes
 from localreason.cli.planning import read_devices
-from localreason.cli.ring import find_nodes, measure_machines
+from localreason.cli.ring import find_nodes, measure_machines, open_ring
+from localreason.cluster.costs import Links
 from localreason.cluster.device import Device
 from localreason.cluster.formation import HEAD, Assignment, Placement
-from localreason.cluster.home import Home
+from localreason.cluster.home import Home, Seen
 from localreason.cluster.identity import Identity, Peers
+from localreason.cluster.member import Address
 from localreason.cluster.ring import RingEngine, RingOptions
 from localreason.cluster.store import Store
 from localreason.cluster.wire.ring_pb2 import DescribeReply
 from localreason.quant.gguf import ModelFile
 from localreason.runtime.errors import InputError
+from localreason.runtime.llama import EngineOptions
 from tests.cluster.processes import RUN, Head, NodeProcess
 from tests.gguf_models import write_model
 
@@ -193,6 +196,47 @@ def test_what_would_change_is_told_of_what_was_asked_for(run, tmp_path, flags, w
     assert alone["token_seconds"] <= found["token_seconds"] * 1.01
     halved, doubled = changes["half the context"], changes["double the context"]
     assert halved["memory_bytes"] < doubled["memory_bytes"]
+
+
+def test_a_plan_says_the_cache_that_fits_and_takes_the_context_of_the_settings(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCALREASON_CONTEXT", "200000")
+    model = write_model(tmp_path / "tiny.gguf", n_layers=6, values={"llama.context_length": 1 << 18})
+    command = ["cluster", "plan", model, "--devices", described(tmp_path, 0.14)]
+    assert "the cache is of q8_0" in run(*command)[0]
+    assert json.loads(run(*command, "--json")[0])["cache_type"] == "q8_0"
+    assert "the cache is" not in run(*command, "--context", "4096")[0]
+
+
+def test_what_samples_get_is_told_of_as_many_as_were_asked_for(run, tmp_path):
+    model = write_model(tmp_path / "tiny.gguf", n_layers=6)
+    command = ["cluster", "plan", model, "--devices", described(tmp_path, 8, 8, speed=1e6), "--in-flight", "2"]
+    seconds = json.loads(run(*command, "--json")[0])["seconds"]
+    assert f"with 2 samples: {1 / seconds:.1f} tokens a second together" in run(*command)[0]
+
+
+def test_layers_for_the_heads_gpu_are_counted_in_a_ring_too(tmp_path, monkeypatch):
+    model = write_model(tmp_path / "tiny.gguf", n_layers=6)
+    [head, attic] = read_devices(described(tmp_path, 8, 8, speed=1e6))[0]
+    head = replace(head, gpu_name="card", gpu_memory_bytes=8 * GIB, gpu_speed=2e6)
+    attic = replace(attic, name="attic", weight_speeds={"F32": 9e6})
+    seen = Seen("attic", "0" * 16, Address("attic", "127.0.0.1", 1), reply=DescribeReply())
+    placed = []
+
+    class Formed(Exception):
+        pass
+
+    def form(file, addresses, gate, store, place, options, *others):
+        placed.append({window.member: window.n_gpu_layers for window in place(["attic"]).windows})
+        raise Formed
+
+    monkeypatch.setattr("localreason.cli.ring.find_nodes", lambda *_: [seen])
+    monkeypatch.setattr("localreason.cli.ring.measure_machines", lambda *_: ([head, attic], Links()))
+    monkeypatch.setattr("localreason.cli.ring.RingEngine", form)
+    for n in (None, 0):
+        with pytest.raises(Formed):
+            open_ring(model, EngineOptions(n_gpu_layers=n), load({"cluster": True}))
+    assert placed[0][HEAD] > 0
+    assert placed[1][HEAD] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""From a model file to what the planner is told, and what a user's wishes make of it."""
+
+import pytest
+
+from localreason.cluster.costs import Links
+from localreason.cluster.errors import PlanImpossible
+from localreason.cluster.placing import Wish, model_costs, with_cache_type, with_gpu_layers
+from localreason.cluster.plan import plan
+from localreason.quant.gguf import ModelFile
+from tests.cluster.plans import costs, device
+from tests.gguf_models import write_model
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5])
+def test_the_head_puts_no_more_layers_on_its_gpu_than_the_user_wants(n):
+    model = costs((10, 11, 10, 12), output=5, scratch_bytes=2)
+    head = device(gpu=1000, gpu_speed=900.0)
+    [share] = plan(model, [with_gpu_layers(head, n, model)], Links()).per_device
+    assert share.n_gpu_layers + share.is_output_on_gpu <= n
+    assert bool(share.n_gpu_layers) == (n > 1)
+    assert with_gpu_layers(head, None, model) == head
+    [share] = plan(model, [with_gpu_layers(head, 99, model)], Links()).per_device
+    assert (share.n_gpu_layers, share.is_output_on_gpu) == (4, True)
+
+
+def test_a_cache_of_f16_that_does_not_fit_is_one_of_q8_0_unless_another_was_wanted(tmp_path):
+    file = ModelFile(write_model(tmp_path / "tiny.gguf", n_layers=4))
+
+    def find(cache_type):
+        model = model_costs(file, 100_000, cache_type)
+        return Wish().plan(model, [device(memory=memory)], Links())
+
+    needed = {kind: model_costs(file, 100_000, kind) for kind in ("f16", "q8_0")}
+    for kind, model in needed.items():
+        memory = model.needed_bytes + model.scratch_bytes
+        assert with_cache_type(file, None, find)[0] == kind
+    with pytest.raises(PlanImpossible):
+        with_cache_type(file, "f16", find)
+    memory //= 2
+    with pytest.raises(PlanImpossible):
+        with_cache_type(file, None, find)
