@@ -31,11 +31,11 @@ _BRACED = re.compile(r"\{[^{}]*\}")
 _VARIABLE = r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])"
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(
-    r"\(?([A-J])\)?(?!,?\s+(?:or|and)\s+\(?[A-J]\b)"
-    r"(?=[.,:*\s]*$|[.,:;]\s|\*\*|\s+(?:because|since|as)\b|(?<![AI])\s+[a-z]{2})",
-    re.MULTILINE,
+    r"(?:(?:[Oo]ption|[Cc]hoice)\s+)?\(?([A-J])\)?+(?!\s*(?:[,/&]|,?\s*\b(?:or|and)\b)\s*\(?[A-HJ]\b)"
+    r"(?:(?<=\))\s|[.,:*\s]*$|[.,:;]\s|\s+\((?:[A-Za-z]{2}|[^(),]*\))|\s+[-–—]\s+[A-Za-z]{2}"
+    r"|\s+(?:because|since|as)\b|(?<![AI])\s+[a-z]{2})"
 )
-"""A letter at the end of its line, before a mark or before words; `A` and `I` may be words themselves."""
+"""A letter with a bracket behind it, at the end, or before a mark, a remark or words; `A` and `I` may be words."""
 _PROSE = r"(?:[aAI]\s+)?[^\W\d_]{2}"
 _REMARK = re.compile(
     rf"[.;?](?=\s|$)|,?\s(?:because|since|as|so|where|which|but)\b|,\s+(?!(?:and|or)\b){_PROSE}|≈|\\approx|<[|/]"
@@ -109,7 +109,7 @@ def _follow(text: str, lead: re.Match[str]) -> str | None:
     if in_code_or_formula(line.replace("$", "")):
         return None
     line = _MARKS.sub("", line).strip()
-    choice = _CHOICE.match(line)
+    choice = _CHOICE.match(_WRAPPED.sub(r"\1", line))
     if choice:
         return choice[1]
     is_text = ("final" in lead[0].lower() or lead[0].startswith("####")) and len(line) <= _LONGEST_TEXT
