@@ -50,11 +50,11 @@ class Question:
             **{f"with {path.name}": replace(self, file=ModelFile(path)) for path in others},
         }
 
-        def find(costs: ModelCosts, devices: Sequence[Device], is_disk_allowed: bool) -> Plan:
-            return replace(self.wish, is_disk_allowed=is_disk_allowed).plan(costs, devices, self.links)
+        def find(costs: ModelCosts, devices: Sequence[Device], links: Links, is_disk_allowed: bool) -> Plan:
+            return replace(self.wish, is_disk_allowed=is_disk_allowed).plan(costs, devices, links)
 
         alternatives = {text: question.costs() for text, question in changed.items()}
-        return variations(self.costs(), self.devices, find, self.wish.is_disk_allowed, alternatives)
+        return variations(self.costs(), self.devices, self.links, find, self.wish.is_disk_allowed, alternatives)
 
     def replicas(self) -> Replicas | None:
         """Copies of the whole model in place of a ring, where several samples are wanted and they fit."""

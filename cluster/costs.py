@@ -89,6 +89,13 @@ class Links:
             return 0.0, float("inf")
         return self.pairs.get((one, other)) or self.pairs.get((other, one)) or self.default
 
+    def with_twin(self, name: str, twin: str, head: str) -> "Links":
+        """The links with one more machine, linked as `name` is, and to that as it is to the head."""
+        pairs = {(twin, other): link for (one, other), link in self.pairs.items() if one == name}
+        pairs |= {(one, twin): link for (one, other), link in self.pairs.items() if other == name}
+        between = {} if name == head else {(name, twin): self.of(name, head), (twin, name): self.of(head, name)}
+        return Links({**self.pairs, **pairs, **between}, self.default)
+
     def seconds(self, one: str, other: str, n_bytes: int) -> float:
         """A hop of `n_bytes`."""
         latency, bandwidth = self.of(one, other)

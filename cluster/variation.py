@@ -1,16 +1,17 @@
 """What would be otherwise: other machines and other files, and whole copies of the model in place of a ring. Pure."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .costs import ModelCosts
+from .costs import Links, ModelCosts
 from .device import Device
 from .errors import PlanImpossible
 from .plan import Plan, plan
 
-Finder = Callable[[ModelCosts, Sequence[Device], bool], Plan]
-"""From a model, devices and whether the disk may be used to a plan. Raises PlanImpossible."""
+Finder = Callable[[ModelCosts, Sequence[Device], Links, bool], Plan]
+"""From a model, devices, their links and whether the disk may be used to a plan. Raises PlanImpossible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,33 +51,37 @@ def replicate(
 def variations(
     costs: ModelCosts,
     devices: Sequence[Device],
+    links: Links,
     find: Finder,
     is_disk_allowed: bool = False,
     alternatives: Mapping[str, ModelCosts] | None = None,
 ) -> list[tuple[str, Plan | None]]:
     """Sentences' subjects and the plans that they would bring, None where nothing fits.
 
-    One device less or one more, the disk the other way, and `alternatives` by name, such as other contexts and
-    quantisations. `find` plans for what is wanted, and may use the disk where it is told so.
+    One device less, or one more like the fastest of the others, the disk the other way, and `alternatives` by name,
+    such as other contexts and quantisations. `find` plans for what is wanted, and may use the disk where it is told so.
     """
 
-    def found(costs: ModelCosts, devices: Sequence[Device], is_disk_allowed: bool) -> Plan | None:
+    def found(costs: ModelCosts, devices: Sequence[Device], links: Links, is_disk_allowed: bool) -> Plan | None:
         try:
-            return find(costs, devices, is_disk_allowed)
+            return find(costs, devices, links, is_disk_allowed)
         except PlanImpossible:
             return None
 
     def cases() -> Iterator[tuple[str, Plan | None]]:
         for i, device in enumerate(devices):
             if i:
-                yield f"without {device.name}", found(costs, [*devices[:i], *devices[i + 1 :]], is_disk_allowed)
-        if len(devices) > 1:
-            strongest = max(devices[1:], key=lambda device: device.memory_bandwidth)
-            more = [*devices, replace(strongest, name=f"{strongest.name} again")]
-            yield f"one more like {strongest.name}", found(costs, more, is_disk_allowed)
+                yield f"without {device.name}", found(costs, [*devices[:i], *devices[i + 1 :]], links, is_disk_allowed)
+        head, *workers = devices
+        fastest = max(workers or [head], key=lambda device: max(device.memory_bandwidth, device.gpu_speed))
+        names = {device.name for device in devices}
+        twin = next(name for n in itertools.count(1) if (name := f"again {n}") not in names)
+        more = [*devices, replace(fastest, name=twin)]
+        with_twin = links.with_twin(fastest.name, twin, head.name)
+        yield f"one more like {fastest.name}", found(costs, more, with_twin, is_disk_allowed)
         text = "without the disk" if is_disk_allowed else "with the disk"
-        yield text, found(costs, devices, not is_disk_allowed)
+        yield text, found(costs, devices, links, not is_disk_allowed)
         for name, other in (alternatives or {}).items():
-            yield name, found(other, devices, is_disk_allowed)
+            yield name, found(other, devices, links, is_disk_allowed)
 
     return list(cases())

@@ -276,13 +276,31 @@ def test_replicas_add_their_speeds():
     assert replicate(costs(), devices[:1], n_samples=4) is None
 
 
+def find(costs, devices, links, is_disk_allowed):
+    return plan(costs, devices, links, "throughput", is_disk_allowed=is_disk_allowed)
+
+
+def test_one_more_machine_is_linked_as_the_one_that_it_is_like():
+    devices = [device(), device("again 1", bandwidth=60.0), device("card", gpu=100, gpu_speed=90.0)]
+    links = {("head", "again 1"): (0.0, 1e9), ("again 1", "card"): (0.0, 1e9), ("card", "head"): (0.1, 2e9)}
+    seen = []
+
+    def look(costs, devices, links, is_disk_allowed):
+        seen.append((devices, links))
+        return find(costs, devices, links, is_disk_allowed)
+
+    rows = [name for name, _ in variations(costs(), devices, Links(links), look)]
+    (*_, twin), found = seen[rows.index("one more like card")]
+    assert replace(twin, name="card") == devices[2]
+    assert found.of(twin.name, "head") == found.of("card", twin.name) == (0.1, 2e9)
+    assert found.of("again 1", twin.name) == (0.0, 1e9)
+    assert found.pairs.items() >= links.items()
+    assert "one more like head" in dict(variations(costs(), devices[:1], Links(), find))
+
+
 def test_variations_tell_what_each_change_would_bring():
     devices = [device(memory=40), device("other", memory=40)]
-
-    def find(costs, devices, is_disk_allowed):
-        return plan(costs, devices, is_disk_allowed=is_disk_allowed)
-
-    found = dict(variations(costs(), devices, find, alternatives={"as Q2_K": costs((5,) * 4)}))
+    found = dict(variations(costs(), devices, Links(), find, alternatives={"as Q2_K": costs((5,) * 4)}))
     assert found["without other"] is None
     assert found["with the disk"] is not None
     assert len(found["one more like other"].per_device) <= 3
