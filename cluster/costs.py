@@ -32,7 +32,7 @@ class ModelCosts:
     """A model as the plan sees it; all sizes are bytes."""
 
     layer_bytes: tuple[int, ...]
-    """Weights of each layer that a token is multiplied with."""
+    """Weights of each layer."""
     layer_type: tuple[str, ...]
     """The dominant ggml type of each layer, such as "Q4_K"."""
     cache_bytes: int
@@ -50,6 +50,10 @@ class ModelCosts:
     """Of one number of an activation on the wire."""
     barred: frozenset[tuple[int, int]] = frozenset()
     """Windows (first, end) that cannot be cut out."""
+    expert_parts: tuple[float, ...] = ()
+    """Of each layer's weights, what is in experts; nothing in models without."""
+    expert_share: float = 1.0
+    """Of the experts, those that a token is multiplied with."""
 
     def __post_init__(self) -> None:
         assert self.layer_bytes, "a model has layers"
@@ -58,6 +62,11 @@ class ModelCosts:
     @property
     def n_layers(self) -> int:
         return len(self.layer_bytes)
+
+    def read_bytes(self, n_rows: int) -> Array:
+        """Weights of each layer that so many rows are multiplied with, no two of them with the same experts."""
+        weights, parts = np.array(self.layer_bytes, np.float64), np.array(self.expert_parts or 0.0)
+        return weights * (1 - parts * (1 - min(1.0, n_rows * self.expert_share)))
 
     @property
     def held_cache_bytes(self) -> int:
@@ -141,13 +150,12 @@ def rates(costs: ModelCosts, device: Device, step: Step) -> Rates:
 
     Many rows on a GPU are taken to be faster by what one is; the last row's output is left out of a prefill.
     """
-    weights = np.array(costs.layer_bytes, np.float64)
     speed = np.array([device.weight_speed(kind) for kind in costs.layer_type])
     gpu_speed = device.gpu_speed or np.inf
-    many = weights * step.n_tokens / np.array([device.prefill_speed(kind) for kind in costs.layer_type])
+    many = costs.read_bytes(1) * step.n_tokens / np.array([device.prefill_speed(kind) for kind in costs.layer_type])
     if step.n_prompt:
         return Rates(many, many * speed / gpu_speed, 0.0, 0.0)
-    cpu, cache = np.maximum(weights / speed, many), step.n_rows * costs.read_cache_bytes
+    cpu, cache = np.maximum(costs.read_bytes(step.n_rows) / speed, many), step.n_rows * costs.read_cache_bytes
     output_speed = device.weight_speed(costs.output_type)
     output = costs.output_bytes * max(1 / output_speed, step.n_rows / device.prefill_speed(costs.output_type))
     return Rates(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from ..quant.gguf import ModelFile
+from ..quant.gguf import ModelFile, Tensor
 from ..runtime.memory import is_cache_possible
 from ..runtime.room import cell_bytes
 from .codec import VALUE_BYTES
@@ -71,7 +71,16 @@ def model_costs(
         for tensor in layer:
             weighed[tensor.type_name] += tensor.n_bytes
         kinds.append(weighed.most_common(1)[0][0])
-    n_ff = max((t.shape[-1] for layer in layers for t in layer if "ffn_up" in t.name), default=4 * file.n_embd)
+    n_experts, n_used = (_number(file, f"expert_{name}count") for name in ("", "used_"))
+    n_ff = max(
+        (
+            tensor.shape[1] * (n_used if _is_experts(tensor) else 1)
+            for layer in layers
+            for tensor in layer
+            if "ffn_up" in tensor.name
+        ),
+        default=4 * file.n_embd,
+    )
     barred = frozenset(
         (first, end)
         for first in range(file.n_layers)
@@ -90,7 +99,23 @@ def model_costs(
         n_read=min(n_context, N_READ),
         value_bytes=VALUE_BYTES[row_type],
         barred=barred,
+        expert_parts=tuple(
+            sum(tensor.n_bytes for tensor in layer if _is_experts(tensor)) / sum(tensor.n_bytes for tensor in layer)
+            for layer in layers
+        ),
+        expert_share=n_used / n_experts if 0 < n_used <= n_experts else 1.0,
     )
+
+
+def _is_experts(tensor: Tensor) -> bool:
+    """True for the matrices of all experts in one, of which a token is multiplied with a few."""
+    return "_exps." in tensor.name
+
+
+def _number(file: ModelFile, name: str) -> int:
+    """A number of the architecture, 1 where there is none."""
+    found = file.header.values.get(f"{file.architecture}.{name}")
+    return found if isinstance(found, int) and found > 0 else 1
 
 
 def with_gpu_layers(head: Device, n_gpu_layers: int | None, costs: ModelCosts) -> Device:

@@ -11,6 +11,23 @@ from tests.cluster.plans import costs, device
 from tests.gguf_models import write_model
 
 
+def test_a_token_reads_the_experts_that_it_uses_and_memory_holds_all(tmp_path):
+    def of(n_used):
+        values = {"qwen3moe.expert_used_count": n_used}
+        file = ModelFile(write_model(tmp_path / f"{n_used}.gguf", "qwen3moe", n_layers=2, values=values))
+        return model_costs(file, 512, "f16")
+
+    one, two, all = of(1), of(2), of(4)
+    assert one.layer_bytes == two.layer_bytes == all.layer_bytes
+    assert list(all.read_bytes(1)) == list(all.layer_bytes)
+    expert = 3 * 64 * 96 * 4  # up, gate and down in float32
+    assert list(one.read_bytes(1)) == pytest.approx([n - 3 * expert for n in one.layer_bytes])
+    assert list(one.read_bytes(2)) == list(two.read_bytes(1)), "two samples use other experts"
+    assert list(one.read_bytes(9)) == list(one.layer_bytes)
+    assert two.scratch_bytes - one.scratch_bytes == 4 * 64 * 3 * 96, "each expert in use has an inner row"
+    assert plan(one, [device(memory=10**9)]).token_seconds < plan(all, [device(memory=10**9)]).token_seconds
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5])
 def test_the_head_puts_no_more_layers_on_its_gpu_than_the_user_wants(n):
     model = costs((10, 11, 10, 12), output=5, scratch_bytes=2)
