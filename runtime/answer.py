@@ -58,9 +58,21 @@ _OPERATOR = re.compile(r"[-−+*/×÷^]|\\(?:times|cdot|div|[dt]?frac)")
 _TIMES = re.compile(r"(?<![A-Za-z\\])x(?=\s*\d)")
 _WORDS = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)*")
 _PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
-_UNIT = re.compile(r"^([-+]?\d+(?:\.\d+)?)\s+[a-zA-Z][a-z]{2,}(?:\s+[a-z]{2,})*(?:\^\{?\d\}?)?$")
-"""A number and words behind it; one or two letters may be variables."""
-_UNIT_TEXT = re.compile(r"(?<=\d)\s*\\(?:text|mathrm|mbox)\s*\{[a-zA-Z\s./]+\}(?:\^\{?\d\}?)?$")
+_SIGNS = str.maketrans({"−": "-", "×": "\\times ", "~": " ", "°": "^\\circ ", "€": None, "£": None})
+_MARKUP = re.compile(
+    r"\\\\|\\(?:left|right|[!,;:\s])|\\?[$%]|\^(?:\\circ|\{\\circ\})(?:\s*(?:[CF]|\\(?:text|mathrm)\s*\{[CF]\})(?!\w))?"
+)
+_UNIT = re.compile(
+    r"^([-+]?(?:\d+ )?(?:\d+(?:\.\d+)?(?:/\d+)?|\\frac\{\d+\}\{\d+\}))"
+    r"(?:\s+[a-zA-Z][a-z]{2,}(?:/[a-z]+)?(?:\s+[a-z]{2,})*|\s*(?:[ckm]m|kg|m[lL]|ft|lb|oz|mi?(?=/))(?:/(?:hr?|s|min))?)"
+    r"(?:\^\{?\d\}?)?$"
+)
+"""A number and words or an abbreviation behind it; other one or two letters may be variables."""
+_UNIT_TEXT = re.compile(
+    r"(?:(?<=\d)|(?<=[\d}]\}))\s*\\(?:text|mathrm|mbox)\s*\{(?!\s*[ei]\s*\})[a-zA-Z\s./]+\}(?:\^\{?\d\}?)?$"
+)
+_MIXED = re.compile(r"^([-+]?\d+) (\d+)/(\d+)$")
+_SCIENTIFIC = re.compile(r"[-+]?\d+(?:\.\d+)?[eE][-+]?\d{1,2}")
 _BASE = re.compile(r"(?<=[\dA-F])_\{?(\d+)\}?")
 """The base of a number such as `52_8`. Where only one side names one, it is the one that the question asks for."""
 _COSTLY = re.compile(
@@ -155,13 +167,14 @@ def _checked(answer: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """An answer without what does not change it: separators, money, units of angle, text wrappers, leading zeros."""
-    text = _UNIT_TEXT.sub("", answer.strip().strip("$").strip())
-    text = _WRAPPED.sub(r"\1", text)
-    text = re.sub(r"\\\\|\\(?:left|right|!|,|;|\s)|\\\$|\^\\circ|\^\{\\circ\}|\\%|%|\$", _drop, text)
+    """An answer without what does not change it: separators, money, units, text wrappers, leading zeros, and other ways
+    to write a number."""
+    text = _MARKUP.sub(_drop, answer.translate(_SIGNS)).strip().rstrip(".")
+    text = _WRAPPED.sub(r"\1", _UNIT_TEXT.sub("", text))
     text = re.sub(r"(?<=\d),(?=\s?\d{3}(?!\d))\s?", "", text.replace("dfrac", "frac").replace("tfrac", "frac"))
     text = _UNIT.sub(r"\1", re.sub(r"\s+", " ", text).strip().rstrip("."))
-    return re.sub(r"^(-?)0+(?=\d)", r"\1", text)
+    text = re.sub(r"^(-?)0+(?=\d)", r"\1", _MIXED.sub(r"\1\\frac{\2}{\3}", text))
+    return format(Decimal(text), "f") if _SCIENTIFIC.fullmatch(text) else text
 
 
 def _drop(found: re.Match[str]) -> str:
