@@ -23,7 +23,8 @@ _CHOICE = re.compile(r"\(?([A-J])(?:[).:].*)?", re.DOTALL)
 """`B`, `(B)`, `B. 42`, but not `A or B`."""
 _ONLY_CHOICE = re.compile(r"\W*([A-J])\b(?:\W*|[).:*]+ (?!.*(?:\b[B-HJ]\b|\([A-J]\)|[.:;!?]\s)).*)")
 """A line that is a letter, perhaps with its option: with no second sentence and no other letter."""
-_NUMBER = re.compile(r"-?\$?\d+(?:,\d{3})*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\d)])[-−])?\$?\d+(?:,\d{3})*(?:\.\d+)?")
+"""The dash of a range such as `pages 3-7` is no sign."""
 
 
 @dataclass(frozen=True, slots=True)
