@@ -131,7 +131,8 @@ class Formation:
                     building.finish()
                 finally:
                     building.close()
-            opened = LayerWindow(store.path(recipe), self.options, n_threads, place.n_gpu_layers, is_last)
+            is_disk_used = self.placement.is_disk_used
+            opened = LayerWindow(store.path(recipe), self.options, n_threads, place.n_gpu_layers, is_last, is_disk_used)
             self.windows[hop] = opened
             opened.warm()
 

@@ -96,7 +96,8 @@ class Session:
         for hop, (path, n_gpu_layers) in sorted(windows.items()):
             if self._is_over.is_set():
                 return
-            window = LayerWindow(path, self.terms.options, self._n_threads, n_gpu_layers, is_last=False)
+            terms = self.terms
+            window = LayerWindow(path, terms.options, self._n_threads, n_gpu_layers, False, terms.is_disk_used)
             self._hops[hop] = _Hop(window)
             window.warm()
         self._order = sorted(self._hops)

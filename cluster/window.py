@@ -27,9 +27,18 @@ class WindowOptions:
 class LayerWindow:
     """An opened window file. Freed by `close`."""
 
-    def __init__(self, path: Path, options: WindowOptions, n_threads: int, n_gpu_layers: int, is_last: bool) -> None:
-        """Raises ModelError, OutOfMemory."""
-        self._model = Model(path, n_gpu_layers, is_window=True)
+    def __init__(
+        self,
+        path: Path,
+        options: WindowOptions,
+        n_threads: int,
+        n_gpu_layers: int,
+        is_last: bool,
+        is_disk_used: bool = False,
+    ) -> None:
+        """`is_disk_used` where weights do not fit into memory. Raises ModelError, OutOfMemory."""
+        # What llama.cpp packs anew for the CPU is a copy in memory, which cannot be read from the file again.
+        self._model = Model(path, n_gpu_layers, is_window=True, is_repacked=not is_disk_used)
         try:
             if not n_gpu_layers:
                 check_room(options.n_context, cell_bytes(self._model.header, options.cache_type), available_bytes())

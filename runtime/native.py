@@ -192,9 +192,12 @@ class Model:
         vocab_only: bool = False,
         is_window: bool = False,
         header: dict[str, Any] | None = None,
+        is_repacked: bool = True,
     ) -> None:
         """`is_window` opens a part of a model, which has no vocabulary; `header` are the file's values where they were
-        read before. Raises ModelNotFound, ModelBroken, ModelUnsupported or OutOfMemory."""
+        read before; without `is_repacked` all weights stay in the file's pages, which the system can drop.
+
+        Raises ModelNotFound, ModelBroken, ModelUnsupported or OutOfMemory."""
         self.path = path
         if header is None:
             table = read_table(path, has_tensors=not vocab_only)
@@ -208,6 +211,7 @@ class Model:
         parameters.n_gpu_layers = n_gpu_layers
         parameters.load_mode = lib.LLAMA_LOAD_MODE_MMAP if use_mmap else lib.LLAMA_LOAD_MODE_NONE
         parameters.vocab_only = vocab_only
+        parameters.use_extra_bufts = is_repacked
         forget_messages()
         self._pointer = lib.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._pointer:

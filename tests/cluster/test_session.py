@@ -31,7 +31,7 @@ class Windows:
         self.before_open = self.before_run = lambda: None
         monkeypatch.setattr(module, "LayerWindow", self._make)
 
-    def _make(self, path, options, n_threads, n_gpu_layers, is_last):
+    def _make(self, path, options, n_threads, n_gpu_layers, is_last, is_disk_used):
         self.before_open()
         self.opened.append(path.name)
         return _Window(self, path.name)

@@ -2,12 +2,16 @@
 
 import contextlib
 import struct
+import sys
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localreason.cluster import probe
+from localreason.cluster.window import LayerWindow, WindowOptions
 from localreason.quant.gguf import ARCHITECTURES, ModelFile
 from localreason.runtime.engine import Span
 from localreason.runtime.errors import DecodeFailed, ModelBroken, ModelError, ModelUnsupported
@@ -154,3 +158,21 @@ def test_a_tensor_outside_the_file_is_refused(tmp_path, tiny_model):
     (tmp_path / "far.gguf").write_bytes(data)
     with pytest.raises(ModelError, match="truncated: the tensor 'output_norm"):
         ModelFile(tmp_path / "far.gguf")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="private memory is told apart on Linux")
+def test_weights_that_are_read_from_disk_are_not_copied_into_memory(tmp_path):
+    path = tmp_path / "weights.gguf"
+    n_bytes = probe._write(path, "Q4_0", 32 << 20, 1024)  # of a type that llama.cpp packs anew
+
+    def n_private(is_disk_used):
+        before = psutil.Process().memory_info().data
+        window = LayerWindow(path, WindowOptions(256, 1, 8), 1, 0, True, is_disk_used)
+        try:
+            window.warm()
+            return psutil.Process().memory_info().data - before
+        finally:
+            window.close()
+
+    n_private(False)  # threads and libraries
+    assert min(n_private(True) for _ in range(2)) < n_bytes / 2
