@@ -37,6 +37,8 @@ from localreason.runtime.markup import in_code_or_formula
         ("Answer: (D) is the one", "D"),
         ("Answer: B) 42", "B"),
         ("Answer: (B) 42", "B"),
+        ("The correct option is (B) Mitochondria.", "B"),
+        ("The correct option is unclear.", None),
         ("Answer: **B) 42**", "B"),
         ("The answer is (C) Mitochondria", "C"),
         ("The correct answer is B) The sun", "B"),
