@@ -160,13 +160,15 @@ def cache(
     from .ring import make_home
 
     store = make_home(config.load({"cluster_cache": str(folder) if folder else None})).store()
+    freed = {"freed_bytes": store.clear()} if clear else {}
     entries = store.entries()
     n_bytes = sum(size for _, size, _ in entries)
-    if clear:
-        print(f"{store.clear()} bytes were freed")
-    elif is_json:
+    if is_json:
         files = [{"file": path.name, "bytes": size, "used": used} for path, size, used in entries]
-        print(json.dumps({"folder": str(store.folder), "limit_bytes": store.limit_bytes, "files": files}, indent=2))
+        about = {"folder": str(store.folder), "limit_bytes": store.limit_bytes, "files": files}
+        print(json.dumps(about | freed, indent=2))
+    elif clear:
+        print(f"{freed['freed_bytes']} bytes were freed")
     else:
         print(f"{store.folder}: {len(entries)} files, {_size(n_bytes)} of at most {_size(store.limit_bytes)}")
         for path, size, _ in entries:

@@ -24,7 +24,8 @@ Plain = Annotated[bool, typer.Option("--plaintext", help="No encryption and no p
 Folder = Annotated[Path | None, typer.Option("--folder", help="Folder of identity and pairings.")]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Folder of received weights.")]
 Limit = Annotated[
-    float | None, typer.Option("--cache-limit", min=0.01, help="GiB of weights to keep; unset: half the free disk.")
+    float | None,
+    typer.Option("--cache-limit", min=0.01, max=1e6, help="GiB of weights to keep; unset: half the free disk."),
 ]
 
 

@@ -170,7 +170,7 @@ def named_windows(text: str, file: ModelFile, known: list[str]) -> Placer:
     wanted: list[tuple[str, int]] = []
     for part in text.split(","):
         name, _, number = part.rpartition("=")
-        if not name.strip() or not number.strip().isdigit() or not 1 <= int(number) <= file.n_layers:
+        if not name.strip() or not number.strip().isdecimal() or not 1 <= int(number) <= file.n_layers:
             raise PlanImpossible(f"{part!r} in the windows {text!r} is not NAME=LAYERS; write e.g. attic=14,head=14")
         wanted.append((HEAD if name.strip() == "head" else name.strip(), int(number)))
     total = sum(n for _, n in wanted)

@@ -81,11 +81,14 @@ def test_pair_list_solve_and_unpair(run, tmp_path):
         assert planned == alone
         assert "this machine alone is expected to be the fastest" in notes
         assert "1 files" in run("cluster", "cache")[0]
+        [file] = json.loads(run("cluster", "cache", "--json")[0])["files"]
         (node.cache / "model.gguf").write_bytes(b"GGUF")  # not a window, and left alone
         assert "1 files" in run("cluster", "cache", "--cache", node.cache)[0]
         assert "bytes were freed" in run("cluster", "cache", "--cache", node.cache, "--clear")[0]
         assert [path.name for path in node.cache.glob("*.gguf")] == ["model.gguf"]
-        assert "bytes were freed" in run("cluster", "cache", "--clear")[0]
+        cleared = json.loads(run("cluster", "cache", "--clear", "--json")[0])
+        assert (cleared["freed_bytes"], cleared["files"]) == (file["bytes"], [])
+        assert "0 bytes were freed" in run("cluster", "cache", "--clear")[0]
         run("cluster", "unpair", "attic")
         assert "is not paired" in run(*question, "--cluster", "--peer", here)[1]
 
@@ -302,6 +305,7 @@ def test_a_model_that_fits_nowhere_says_what_is_missing(run, tmp_path):
     ("windows", "match"),
     [
         ("attic", "is not NAME=LAYERS"),
+        ("attic=3,head=²", "is not NAME=LAYERS"),
         ("attic=1,head=1", "have 2 layers"),
         ("head=2,attic=2", "ends with attic|end with"),
         ("cellar=3,head=1", "no node is named cellar, which the windows 'cellar=3,head=1' name; there are attic, head"),
@@ -415,6 +419,7 @@ def test_a_model_that_cannot_be_cut_is_refused(run, tmp_path):
 
 def test_plain_text_needs_loopback_and_a_wrong_peer_is_one_sentence(run, tmp_path):
     assert "give --loopback with it" in run("node", "--plaintext", code=4)[1]
+    assert "--cache-limit" in run("node", "--cache-limit", "inf", code=2)[1]
     assert "port" in run("cluster", "list", "--peer", "x:99999", code=4)[1]
     with NodeProcess(tmp_path, "attic") as node:
         _, said = run("node", "--loopback", "--port", node.port, "--folder", tmp_path / "b", code=1)
