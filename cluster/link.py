@@ -34,7 +34,8 @@ async def measure_link(stub: service.RingStub, n_bytes: int = 1 << 20) -> Link:
 
 class LinkBook:
     """Links between two nodes in a file of the head's: a head can time only its own links, so nodes time theirs to
-    each other while a ring is formed, and the next plan uses that. What is old or cannot be read counts as unknown."""
+    each other while a ring is formed, and the next plan uses that. What is old, impossible or cannot be read counts as
+    unknown."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -48,7 +49,7 @@ class LinkBook:
         """Remember these besides what is there; a folder that cannot be written is left as it is."""
         if not links:
             return
-        entries = self._entries() | {pair: (link, time.time()) for pair, link in links.items()}
+        entries = self._entries() | {pair: (link, time.time()) for pair, link in links.items() if _is_possible(*link)}
         rows = [{"from": a, "to": b, "link": link, "at": at} for (a, b), (link, at) in entries.items()]
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,16 +60,19 @@ class LinkBook:
     def _entries(self) -> dict[tuple[str, str], tuple[Link, float]]:
         try:
             rows = json.loads(self._path.read_text())
-            return {(str(row["from"]), str(row["to"])): (_checked(*row["link"]), float(row["at"])) for row in rows}
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, RecursionError):
             return {}
+        entries: dict[tuple[str, str], tuple[Link, float]] = {}
+        for row in rows if isinstance(rows, list) else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
+                seconds, width, at = map(float, (*row["link"], row["at"]))
+                if _is_possible(seconds, width):
+                    entries[str(row["from"]), str(row["to"])] = (seconds, width), at
+        return entries
 
 
-def _checked(seconds: float, width: float) -> Link:
-    """A link of possible numbers. Raises ValueError."""
-    if not (0 <= seconds < _CALL_SECONDS and 1 <= width < 1e12):
-        raise ValueError("a link of impossible numbers")
-    return float(seconds), float(width)
+def _is_possible(seconds: float, width: float) -> bool:
+    return 0 <= seconds < _CALL_SECONDS and 1 <= width < 1e12
 
 
 async def measured(stub: service.RingStub) -> wire.Connected:

@@ -51,6 +51,15 @@ def test_what_cannot_be_read_counts_as_unknown_and_is_replaced(path, text):
     assert LinkBook(path).read()["a", "b"] == LINK
 
 
+@pytest.mark.parametrize("bad", [(99.0, 1e7), (float("nan"), 1e7), (0.001, 0.0), (0.001, float("inf"))])
+def test_one_impossible_link_takes_no_other_with_it(path, bad):
+    LinkBook(path).note({("a", "b"): LINK, ("a", "c"): bad})
+    assert LinkBook(path).read() == {("a", "b"): LINK, ("b", "a"): LINK}
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([{**rows[0], "from": "c", "link": bad}, 5, *rows]))
+    assert LinkBook(path).read() == {("a", "b"): LINK, ("b", "a"): LINK}
+
+
 def test_a_folder_that_cannot_be_written_is_left_as_it_is(tmp_path):
     (tmp_path / "file").write_text("")
     book = LinkBook(tmp_path / "file" / "links.json")
