@@ -22,7 +22,7 @@ PROFILE_SECONDS = 7 * 86400.0
 """Age at which a kept profile is measured again."""
 RESERVE_BYTES = 512 << 20
 """Of the free memory, left to the rest of the machine."""
-_MOST = 1e18
+_MOST, _LEAST_SPEED = 1e18, 1e-3
 _N_TEXT, _N_TYPES, _N_JSON = 120, 64, 65536
 _BITS = {kind.name: 8 * n_bytes / n_values for kind, (n_values, n_bytes) in GGML_QUANT_SIZES.items()}
 _MAY_BE_ZERO = ("gpu_memory_bytes", "gpu_speed", "memory_bytes", "disk_sequential", "disk_random")
@@ -124,6 +124,8 @@ def _check_number(name: str, value: Any) -> None:
         raise ProtocolError(f"{name} of a device is {str(value)[:40]!r}; it must be a number from 0 to {_MOST:g}")
     if value == 0 and name not in (*_MAY_BE_ZERO, "measured_at"):
         raise ProtocolError(f"{name} of a device is 0; it must be positive")
+    if 0 < value < _LEAST_SPEED:  # bytes over such a speed may be more seconds than a float holds
+        raise ProtocolError(f"{name} of a device is {value}; it must be at least {_LEAST_SPEED:g}")
 
 
 def _check_speeds(name: str, value: Any) -> None:
