@@ -16,7 +16,8 @@ _LONGEST = 400
 """Characters of an answer that are read as mathematics; longer ones are compared as text."""
 _LEADS = re.compile(
     r"(?:^[#*_ \t]*+(?:final )?answer[*_ \t]*+$|#{4,}"
-    r"|(?:(?:final )?answer|(?:correct|right) (?:option|choice))(?:\*{0,2}\s+is\b(?:\*{0,2}\s*[:=])?\*{0,2}|\*{0,2}\s*[:=]\*{0,2}|\*\*))(\s*+(?:\*+(?=\S))?)",
+    r"|(?:(?:final )?answer|(?:correct|right) (?:option|choice))"
+    r"(?:\*{0,2}\s+is\b(?:\*{0,2}\s*[:=])?\*{0,2}|\*{0,2}\s*[:=]\*{0,2}|\*\*))(\s*+(?:\*+(?=\S))?)",
     re.IGNORECASE | re.MULTILINE,
 )
 """A heading `Answer`, `####`, `Final Answer:`, `The answer is`, `**Answer**`; not `the answer 3 times`."""
