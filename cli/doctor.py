@@ -13,12 +13,14 @@ import typer
 from . import config
 
 if TYPE_CHECKING:
+    from ..cluster.costs import ModelCosts
     from ..cluster.device import Device
     from ..cluster.home import Home
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 _MODELS = ((1.5, "Q8_0", 1.06), (8, "Q4_K", 0.57), (32, "Q4_K", 0.57))
 """Billions of weights, type, bytes a weight: what people ask about."""
+_N_LAYERS = 32
 
 
 @app.command()
@@ -59,7 +61,17 @@ def _row(what: str, found: str, means: str = "", ok: bool = True) -> dict[str, A
     return {"what": what, "found": found, "means": means, "ok": ok}
 
 
+def _model(n_bytes: float, kind: str) -> "ModelCosts":
+    """Weights alone, of layers that are alike: a GPU may hold some of them."""
+    from ..cluster.costs import ModelCosts
+
+    return ModelCosts((int(n_bytes / _N_LAYERS),) * _N_LAYERS, (kind,) * _N_LAYERS, 0, 1, 0, kind, 1)
+
+
 def _machine(device: "Device", home: "Home") -> list[dict[str, Any]]:
+    from ..cluster.errors import PlanImpossible
+    from ..cluster.plan import plan
+
     gib = 2**30
     rows = [_row("memory", f"{device.memory_bytes / gib:.1f} GiB free for weights and cache")]
     speeds = ", ".join(f"{kind} {speed / 1e9:.1f} GB/s" for kind, speed in device.weight_speeds.items())
@@ -68,10 +80,10 @@ def _machine(device: "Device", home: "Home") -> list[dict[str, Any]]:
     )
     for billions, kind, n_bytes in _MODELS:
         size = billions * 1e9 * n_bytes
-        if size <= device.memory_bytes:
-            rate = device.weight_speed(kind) / size
+        try:
+            rate = 1 / plan(_model(size, kind), [device]).token_seconds
             rows.append(_row("", f"{billions:g}B {kind}", f"about {rate:.1f} tokens a second, one answer at a time"))
-        else:
+        except PlanImpossible:
             need = f"{size / gib:.1f} GiB do not fit beside what runs here; share it with `--cluster`"
             rows.append(_row("", f"{billions:g}B {kind}", need))
     is_slow = 0 < device.disk_sequential < 0.2e9

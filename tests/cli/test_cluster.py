@@ -13,7 +13,7 @@ from subprocess import PIPE
 import pytest
 
 from localreason.cli.config import load
-from localreason.cli.doctor import clock_row, look_at_nodes
+from localreason.cli.doctor import _machine, clock_row, look_at_nodes
 from localreason.cli.planning import read_devices
 from localreason.cli.ring import find_nodes, measure_machines, open_ring
 from localreason.cluster.costs import Links
@@ -266,6 +266,7 @@ def test_a_file_that_describes_no_machines_is_one_sentence(tmp_path, text, match
     [
         ({"to": "nobody"}, "names the machine 'nobody'; the machines are machine0, machine1"),
         ({"to": []}, "names the machine []"),
+        ({"to": "machine0"}, "goes from 'head' to itself"),
         ({"seconds": True}, "seconds of a link is True"),
         ({"seconds": float("nan")}, "seconds of a link is nan"),
         ({"bytes_per_second": "1e7"}, "bytes_per_second of a link is '1e7'"),
@@ -282,6 +283,23 @@ def test_a_link_that_is_none_is_one_sentence(tmp_path, changed, match):
     home.write_text(json.dumps({**found, "links": [{**link, **changed}]}))
     with pytest.raises(InputError, match=re.escape(match)):
         read_devices(home)
+
+
+def test_a_link_is_described_once_each_way(tmp_path):
+    home = described(tmp_path, 8, 8)
+    link = {"from": "machine0", "to": "machine1", "seconds": 0.003, "bytes_per_second": 1e7}
+    back = {**link, "from": "machine1", "to": "head", "seconds": 0.004}
+    found = json.loads(home.read_text())
+    home.write_text(json.dumps({**found, "links": [link, back]}))
+    assert read_devices(home)[1].of("machine1", "head")[0] == 0.004
+    home.write_text(json.dumps({**found, "links": [link, back, {**link, "seconds": 0.5}]}))
+    with pytest.raises(InputError, match="the link from 'head' to 'machine1' is there twice"):
+        read_devices(home)
+
+
+def test_described_machines_are_not_looked_for(run, tmp_path):
+    words = ["cluster", "plan", "x.gguf", "--devices", described(tmp_path, 8), "--peer", "127.0.0.1:1"]
+    assert "leave out --devices" in run(*words, code=2)[1]
 
 
 def test_a_profile_describes_one_machine_and_a_later_one_is_not_named_head(tmp_path):
@@ -438,6 +456,22 @@ def test_the_doctor_tells_how_far_a_clock_is_off(tmp_path):
     assert not late["ok"]
     assert late["found"].startswith("25.0 hours behind this machine's; up to 24 hours")
     assert late["means"].endswith("set the clock")
+
+
+def test_the_doctor_counts_the_gpu_and_both_memories(tmp_path):
+    [device] = read_devices(described(tmp_path, 12))[0]
+    device = replace(device, weight_speeds={"Q4_K": 20e9})
+
+    def rates(**gpu):
+        rows = _machine(replace(device, **gpu), Home(tmp_path / "laptop", tmp_path))
+        return {row["found"]: row["means"] for row in rows if row["found"].endswith(("Q8_0", "Q4_K"))}
+
+    assert rates()["8B Q4_K"].startswith("about 4.4 tokens a second")
+    assert "do not fit" in rates()["32B Q4_K"]
+    card = {"gpu_name": "card", "gpu_speed": 8e11}
+    assert rates(gpu_memory_bytes=23 * GIB, **card)["8B Q4_K"].startswith("about 175.4 tokens")
+    half = rates(gpu_memory_bytes=8 * GIB, **card)["32B Q4_K"]
+    assert half.startswith("about 2.0 tokens a second"), "17 of 32 layers on the CPU"
 
 
 def test_a_node_without_encryption_is_told_from_one_that_is_not_paired(run, tmp_path):
