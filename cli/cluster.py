@@ -291,6 +291,8 @@ def plan(
 
     others = compare or []
     explain = explain or bool(others)
+    if devices and peers:
+        raise typer.BadParameter("is for the machines that are there; leave out --devices", param_hint="--peer")
     given = {"context": context, "cache_type": cache_type, "row_type": row_type, "rounds": rounds}
     settings = config.load({**given, "disk": disk, "peers": peers, "model": model})
     chosen = settings.settings

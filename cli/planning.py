@@ -77,7 +77,7 @@ def read_devices(path: Path) -> tuple[list[Device], Links]:
         devices = [Device.from_json(json.dumps(item)) for item in found["devices"]]
         names = [device.name for device in devices]
         _check_names(names)
-        pairs = dict(_read_link(item, names) for item in found.get("links", []))
+        pairs = _read_links(found.get("links", []), names)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:
@@ -115,6 +115,16 @@ def _check_names(names: list[str]) -> None:
         raise ValueError(f"{HEAD_NAME!r} is what a plan calls the first machine; give the later one another name")
 
 
+def _read_links(items: list[Any], names: list[str]) -> dict[tuple[str, str], tuple[float, float]]:
+    """Raises ValueError."""
+    pairs: dict[tuple[str, str], tuple[float, float]] = {}
+    for ends, link in (_read_link(item, names) for item in items):
+        if ends in pairs:
+            raise ValueError(f"the link from {ends[0]!r} to {ends[1]!r} is there twice; give each direction once")
+        pairs[ends] = link
+    return pairs
+
+
 def _read_link(item: Any, names: list[str]) -> tuple[tuple[str, str], tuple[float, float]]:
     """The ends of a link, the first machine being the head, and its numbers. Raises ValueError."""
     _check_keys("a link", item, ("from", "to", "seconds", "bytes_per_second"))
@@ -128,6 +138,8 @@ def _read_link(item: Any, names: list[str]) -> tuple[tuple[str, str], tuple[floa
         if end not in (*names, HEAD_NAME):
             raise ValueError(f"a link names the machine {end!r:.40}; the machines are {', '.join(names)}")
         ends.append(HEAD_NAME if end == names[0] else end)
+    if ends[0] == ends[1]:
+        raise ValueError(f"a link goes from {ends[0]!r} to itself; a machine needs none to itself")
     return (ends[0], ends[1]), (float(item["seconds"]), float(item["bytes_per_second"]))
 
 
