@@ -13,6 +13,7 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES
 
+from ..runtime.devices import GpuMemory, gpu_memory
 from ..runtime.errors import InputError, OutputError
 from ..runtime.room import available_bytes
 from . import probe
@@ -147,8 +148,8 @@ def measure(
     """
     if not types:
         raise InputError("no type of weights was named to measure; name one such as Q4_K")
-    gpu = probe.gpu()
-    free, kind, gpu_speed = _free(gpu), types[0], 0.0
+    gpu = gpu_memory()
+    kind, gpu_speed = types[0], 0.0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         disk = probe.disk(folder, probe_bytes)
@@ -159,7 +160,7 @@ def measure(
         raise OutputError(f"{folder} cannot be written to: {error}; choose another folder or free space") from error
     return Device(
         name=name or _clean(platform.node()) or "this machine",
-        **free,
+        **_free(gpu, gpu_speed > max(speed.decode for speed in speeds.values())),
         weight_speeds={kind: speed.decode for kind, speed in speeds.items()},
         prefill_speeds={kind: speed.prefill for kind, speed in speeds.items()},
         memory_bandwidth=probe.memory_bandwidth(probe_bytes),
@@ -175,16 +176,19 @@ def measure(
     )
 
 
-def _free(gpu: probe.Gpu | None) -> dict[str, int]:
-    """What a profile says of memory now."""
-    return {
-        "memory_bytes": max(0, available_bytes() - RESERVE_BYTES),
-        "gpu_memory_bytes": max(0, gpu.free_bytes - RESERVE_BYTES) if gpu else 0,
-    }
+def _free(gpu: GpuMemory | None, is_gpu_faster: bool) -> dict[str, int]:
+    """What a profile says of memory now. Of memory that both use, a GPU that is faster has what it may and the CPU what
+    remains, its buffers at least; one that is slower has nothing."""
+    there = max(0, available_bytes() - RESERVE_BYTES)
+    on_gpu = max(0, gpu.free_bytes - RESERVE_BYTES) if gpu else 0
+    if gpu and gpu.is_shared:
+        on_gpu = min(on_gpu, max(0, there - RESERVE_BYTES)) if is_gpu_faster else 0
+        there -= on_gpu
+    return {"memory_bytes": there, "gpu_memory_bytes": on_gpu}
 
 
-def _gpu_name(gpu: probe.Gpu | None) -> str:
-    return _clean(gpu.name) if gpu else ""
+def _gpu_name(gpu: GpuMemory | None) -> str:
+    return _clean(gpu.names) if gpu else ""
 
 
 def _clean(text: str) -> str:
@@ -203,7 +207,7 @@ def profile(
     """The profile kept in `folder`, measured anew where it is a week old, of another version, thread count or GPU,
     lacks a type, or `is_fresh` is asked for. The free memory is always today's, and the name the one that is given."""
     path = folder / "device.json"
-    kept, gpu = None if is_fresh else _read(path), probe.gpu()
+    kept, gpu = None if is_fresh else _read(path), gpu_memory()
     if (
         kept is not None
         and 0 <= time.time() - kept.measured_at < PROFILE_SECONDS
@@ -211,7 +215,7 @@ def profile(
         and kept.gpu_name == _gpu_name(gpu)
         and set(types) <= set(kept.weight_speeds)
     ):
-        return replace(kept, name=name or kept.name, **_free(gpu))
+        return replace(kept, name=name or kept.name, **_free(gpu, kept.gpu_speed > max(kept.weight_speeds.values())))
     known = [] if kept is None else [kind for kind in kept.weight_speeds if kind not in types]
     device = measure(n_threads, [*types, *known], folder, name, probe_bytes, n_embd)
     written = path.with_suffix(f".{os.getpid()}.tmp")

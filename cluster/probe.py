@@ -1,6 +1,5 @@
 """Times what decoding is made of: weights through the cores or the GPU, plain memory, the disk."""
 
-import ctypes
 import os
 import tempfile
 import time
@@ -14,15 +13,13 @@ import numpy as np
 from ..runtime import native
 from ..runtime.cache import Cache
 from ..runtime.engine import Span
-from ..runtime.errors import EngineError, InputError
+from ..runtime.errors import InputError
 
 _N_VOCAB, _N_HEADS, _N_CONTEXT = 256, 8, 256
 _N_PREFILL = 64
 _LEAST_SECONDS, _MOST_STEPS = 0.25, 64
 _PAGE_BYTES, _N_PAGES = 64 << 10, 64
 _BLOCK_BYTES = 1 << 20
-_GPU_TYPES = (1, 2)
-"""ggml's GPU and IGPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +37,6 @@ class Disk:
     sequential: float
     random: float
     is_cold: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """The first GPU and its free bytes."""
-
-    name: str
-    free_bytes: int
 
 
 def speeds(kind: str, n_threads: int, folder: Path, n_bytes: int, n_embd: int, n_gpu_layers: int = 0) -> Speeds:
@@ -186,37 +175,3 @@ def _best(work: Callable[[], object], n_times: int) -> float:
         work()
         taken.append(time.perf_counter() - started)
     return max(min(taken), 1e-9)
-
-
-def gpu() -> Gpu | None:
-    """The first GPU that this build of llama.cpp can use."""
-    library = native.library()
-    if not library.llama_supports_gpu_offload():
-        return None
-    folder = Path(library.__file__ or "").parent / "lib"
-    try:
-        registry, base = (ctypes.CDLL(str(_find(folder, name))) for name in ("ggml", "ggml-base"))
-    except (OSError, EngineError):
-        return None
-    registry.ggml_backend_dev_count.restype = ctypes.c_size_t
-    registry.ggml_backend_dev_get.restype = ctypes.c_void_p
-    registry.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
-    base.ggml_backend_dev_description.restype = ctypes.c_char_p
-    for function in (base.ggml_backend_dev_type, base.ggml_backend_dev_description):
-        function.argtypes = [ctypes.c_void_p]
-    base.ggml_backend_dev_memory.restype = None
-    base.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_size_t)] * 2]
-    for i in range(registry.ggml_backend_dev_count()):
-        place = registry.ggml_backend_dev_get(i)
-        if base.ggml_backend_dev_type(place) in _GPU_TYPES:
-            free, total = ctypes.c_size_t(), ctypes.c_size_t()
-            base.ggml_backend_dev_memory(place, ctypes.byref(free), ctypes.byref(total))
-            return Gpu(base.ggml_backend_dev_description(place).decode("utf-8", "replace"), free.value)
-    return None
-
-
-def _find(folder: Path, stem: str) -> Path:
-    for name in (f"lib{stem}.so", f"lib{stem}.dylib", f"{stem}.dll"):
-        if (folder / name).exists():
-            return folder / name
-    raise EngineError(f"there is no {stem} library in {folder}; install llama-cpp-python again")

@@ -26,11 +26,12 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """Free bytes of all GPUs together. `is_shared` where they are the host's own."""
+    """Free bytes of all GPUs together, and what their drivers call them. `is_shared` where they are the host's own."""
 
     free_bytes: int
     n_devices: int
     is_shared: bool
+    names: str = ""
 
 
 CPU = Backend("CPU", "CPU")
@@ -51,6 +52,7 @@ def _functions() -> tuple[ctypes.CDLL, ctypes.CDLL] | None:
     base.ggml_backend_dev_memory.restype, base.ggml_backend_dev_memory.argtypes = None, [ctypes.c_void_p, sizes, sizes]
     for function, result in (
         (base.ggml_backend_dev_name, ctypes.c_char_p),
+        (base.ggml_backend_dev_description, ctypes.c_char_p),
         (base.ggml_backend_dev_backend_reg, ctypes.c_void_p),
         (base.ggml_backend_reg_name, ctypes.c_char_p),
     ):
@@ -92,7 +94,8 @@ def gpu_memory() -> GpuMemory | None:
         functions[1].ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
         n_bytes += free.value
     is_shared = any(kind == _INTEGRATED or backend.driver in _SHARING for _, kind, backend in devices)
-    return GpuMemory(n_bytes, len(devices), is_shared)
+    names = [functions[1].ggml_backend_dev_description(device).decode("utf-8", "replace") for device, _, _ in devices]
+    return GpuMemory(n_bytes, len(devices), is_shared, ", ".join(names))
 
 
 @cache

@@ -10,6 +10,7 @@ import pytest
 from localreason.cluster import device as device_module
 from localreason.cluster.device import Device, measure, nearest, profile
 from localreason.cluster.errors import ProtocolError
+from localreason.runtime.devices import GpuMemory
 from localreason.runtime.errors import InputError, OutputError
 
 TINY = {"probe_bytes": 1 << 20, "n_embd": 256}
@@ -159,6 +160,23 @@ def test_one_machine_is_measured_once_whatever_a_command_calls_it(tmp_path):
     head = profile(tmp_path, 1, ["Q4_K"], "head", **TINY)
     assert (head.name, head.measured_at) == ("head", first.measured_at)
     assert profile(tmp_path, 1, ["Q4_K"], **TINY).name == "laptop"
+
+
+def test_memory_that_cpu_and_gpu_share_is_counted_once():
+    all = device_module._free(None, False)["memory_bytes"]
+    slack = 256 << 20  # what other programs take and leave meanwhile
+    for n_bytes in (2 << 30, 1 << 50):
+        shared = GpuMemory(n_bytes, 1, is_shared=True)
+        found = device_module._free(shared, is_gpu_faster=True)
+        assert sum(found.values()) == pytest.approx(all, abs=slack)
+        assert found["gpu_memory_bytes"] > found["memory_bytes"] * (n_bytes > all)
+        assert found["memory_bytes"] >= device_module.RESERVE_BYTES
+        slow = device_module._free(shared, is_gpu_faster=False)
+        assert slow["gpu_memory_bytes"] == 0
+        assert slow["memory_bytes"] == pytest.approx(all, abs=slack)
+    own = device_module._free(GpuMemory(8 << 30, 1, is_shared=False), is_gpu_faster=True)
+    assert own["memory_bytes"] == pytest.approx(all, abs=slack)
+    assert own["gpu_memory_bytes"] == (8 << 30) - device_module.RESERVE_BYTES
 
 
 def test_a_kept_profile_has_the_free_memory_of_today(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from localreason.cluster.costs import Links
 from localreason.cluster.errors import PlanImpossible
-from localreason.cluster.placing import Wish, model_costs, with_cache_type, with_gpu_layers
+from localreason.cluster.placing import N_READ, Wish, model_costs, with_cache_type, with_gpu_layers
 from localreason.cluster.plan import plan
 from localreason.quant.gguf import ModelFile
 from tests.cluster.plans import costs, device
@@ -40,6 +40,14 @@ def test_the_head_puts_no_more_layers_on_its_gpu_than_the_user_wants(n):
     assert (share.n_gpu_layers, share.is_output_on_gpu) == (4, True)
 
 
+def test_a_token_reads_a_typical_part_of_a_long_context(tmp_path):
+    file = ModelFile(write_model(tmp_path / "tiny.gguf", n_layers=2))
+    short, long = (model_costs(file, n, "f16") for n in (512, 100_000))
+    assert short.read_cache_bytes == 512 * short.cache_bytes
+    assert long.read_cache_bytes == N_READ * long.cache_bytes
+    assert long.held_cache_bytes == 100_000 * long.cache_bytes
+
+
 def test_a_cache_of_f16_that_does_not_fit_is_one_of_q8_0_unless_another_was_wanted(tmp_path):
     file = ModelFile(write_model(tmp_path / "tiny.gguf", n_layers=4))
 
@@ -47,8 +55,9 @@ def test_a_cache_of_f16_that_does_not_fit_is_one_of_q8_0_unless_another_was_want
         model = model_costs(file, 100_000, cache_type)
         return Wish().plan(model, [device(memory=memory)], Links())
 
-    needed = {kind: model_costs(file, 100_000, kind) for kind in ("f16", "q8_0")}
-    for kind, model in needed.items():
+    memory = 0
+    for kind in ("f16", "q8_0"):
+        model = model_costs(file, 100_000, kind)
         memory = model.needed_bytes + model.scratch_bytes
         assert with_cache_type(file, None, find)[0] == kind
     with pytest.raises(PlanImpossible):
