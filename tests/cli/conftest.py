@@ -62,3 +62,22 @@ def start() -> Callable[..., "subprocess.Popen[str]"]:
 
 def rows(path: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
+    """Runs a command line in a process of its own, as the head of a home in a temporary folder."""
+    monkeypatch.setenv("LOCALREASON_CONFIG", str(tmp_path / "config.toml"))
+    (tmp_path / "config.toml").write_text("")
+    monkeypatch.setenv("LOCALREASON_CLUSTER_FOLDER", str(tmp_path / "laptop"))
+    monkeypatch.setenv("LOCALREASON_CLUSTER_CACHE", str(tmp_path / "laptop-cache"))
+    monkeypatch.setenv("LOCALREASON_STORE", str(tmp_path / "store"))
+
+    def run(*words: object, code: int = 0) -> tuple[str, str]:
+        start = [sys.executable, "-c", "from localreason.cli.main import run; run()"]
+        done = subprocess.run([*start, *map(str, words)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, (done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        return done.stdout, done.stderr
+
+    return run

@@ -2,7 +2,6 @@ import asyncio
 import contextlib
 import socket
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -272,23 +271,6 @@ def test_the_machine_that_was_met_at_an_address_is_tried_first_there(tmp_path, m
     monkeypatch.setattr(Home, "_ask", ask)
     assert asyncio.run(home.survey(0, ["[fd00::2]:7411"]))[0].name == "desk"
     assert asyncio.run(home.survey(0, ["192.168.1.7"]))[0].name == "attic"
-
-
-def test_a_busy_node_is_measured_once_it_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr("localreason.cluster.home._AGAIN_SECONDS", 0)
-    home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
-    address = Address("attic", "127.0.0.1", 7411)
-    busy = Seen("attic-1", ID, address, "is busy with desk", DescribeReply())
-    answers, asked = [busy, busy, replace(busy, problem="")], []
-
-    async def ask(self, address, id, types):
-        asked.append(types)
-        return answers[0] if len(answers) == 1 else answers.pop(0)
-
-    monkeypatch.setattr(Home, "_ask", ask)
-    [seen] = asyncio.run(home.await_free([busy], 60, ["Q8_0"]))
-    assert (seen.name, seen.problem) == ("attic-1", "")
-    assert asked == [[], [], [], ["Q8_0"]]
 
 
 BAD_PEERS = [

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import secrets
 import socket
 import threading
@@ -16,10 +15,8 @@ import pytest
 
 from localreason.cluster.errors import ClusterError, NodeBusy, NodeLost, PlanImpossible
 from localreason.cluster.formation import HEAD, Assignment, Formation, Placement
-from localreason.cluster.gate import PlainGate
 from localreason.cluster.link import LinkBook
-from localreason.cluster.member import Address, Member
-from localreason.cluster.node import Node, NodeOptions, serve
+from localreason.cluster.member import Member
 from localreason.cluster.ring import RingEngine, RingOptions
 from localreason.cluster.store import Store
 from localreason.cluster.wire import ring_pb2 as wire
@@ -27,7 +24,7 @@ from localreason.cluster.wire import ring_pb2_grpc as service
 from localreason.quant.gguf import ModelFile
 from localreason.runtime.decode import Request, decode
 from localreason.runtime.engine import Span
-from localreason.runtime.errors import ContextFull, DecodeFailed, OutOfMemory, OutputError
+from localreason.runtime.errors import ContextFull, DecodeFailed, OutOfMemory
 from localreason.runtime.events import Token
 from localreason.runtime.formats import FORMATS
 from localreason.runtime.llama import EngineOptions, load
@@ -527,57 +524,6 @@ class TestHostileHeads:
         asyncio.run(_talk(head, nodes[0], vanish))
         with ring_of(model, head, nodes[:1], folder) as ring:
             assert ring.decode([Span(0, 0, [1])]).shape == (1, ring.n_vocab)
-
-
-@contextlib.asynccontextmanager
-async def member_of_node(folder, measure):
-    """A node in this process, measured so, as a head sees it."""
-    node = Node(NodeOptions("attic", 1, measure), Store(folder / "own", 1 << 20), PlainGate(), print)
-    ports = asyncio.Queue()
-    add_port = functools.partial(PlainGate().add_port, host="127.0.0.1", port=0)
-    serving = asyncio.create_task(serve(node, add_port, ports.put))
-    member = Member(Address("attic", "127.0.0.1", await ports.get()), PlainGate())
-    try:
-        yield member
-    finally:
-        await member.release()
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
-
-
-def test_a_profile_that_cannot_be_made_is_told_to_the_head(folder):
-    def measure(types):
-        raise OutputError("the cache folder cannot be written; give another --cache")
-
-    async def ask():
-        async with member_of_node(folder, measure) as member:
-            await member.describe(["q8_0"])
-
-    with pytest.raises(NodeLost, match="failed: the cache folder cannot be written"):
-        asyncio.run(asyncio.wait_for(ask(), 20))
-
-
-def test_a_node_is_not_measured_while_it_works_for_another_head(folder):
-    measured = []
-
-    async def ask():
-        async with member_of_node(folder, lambda types: measured.append(types) or "{}") as member:
-
-            async def say():
-                part = wire.Part(sha256=bytes(32), n_bytes=4)
-                yield wire.ToNode(open=opening(windows=[wire.WindowFile(header=bytes(32), parts=[part])]))
-                await asyncio.Event().wait()
-
-            async with PlainGate().channel(member.address.host, member.address.port, "") as channel:
-                holding = service.RingStub(channel).Hold(say())
-                while (await holding.read()).WhichOneof("message") == "beat":
-                    pass
-                busy = await member.describe(["Q8_0"])
-                holding.cancel()
-            return busy
-
-    busy = asyncio.run(asyncio.wait_for(ask(), 20))
-    assert (busy.held_by, busy.device, measured) == ("x", "", [])
 
 
 def test_a_placement_that_is_no_ring_is_refused(model, head, nodes, folder):

@@ -1,0 +1,90 @@
+"""When a node is measured, and what a head is told of it."""
+
+import asyncio
+import contextlib
+import functools
+from dataclasses import replace
+
+import pytest
+
+from localreason.cluster.errors import NodeLost
+from localreason.cluster.gate import PlainGate
+from localreason.cluster.home import Home, Seen
+from localreason.cluster.member import Address, Member
+from localreason.cluster.node import Node, NodeOptions, serve
+from localreason.cluster.store import Store
+from localreason.cluster.wire import ring_pb2 as wire
+from localreason.cluster.wire import ring_pb2_grpc as service
+from localreason.cluster.wire.ring_pb2 import DescribeReply
+from localreason.runtime.errors import OutputError
+from tests.cluster.test_ring import opening
+
+ID = "0123456789abcdef"
+
+
+@contextlib.asynccontextmanager
+async def member_of_node(folder, measure):
+    """A node in this process, measured so, as a head sees it."""
+    node = Node(NodeOptions("attic", 1, measure), Store(folder / "own", 1 << 20), PlainGate(), print)
+    ports = asyncio.Queue()
+    add_port = functools.partial(PlainGate().add_port, host="127.0.0.1", port=0)
+    serving = asyncio.create_task(serve(node, add_port, ports.put))
+    member = Member(Address("attic", "127.0.0.1", await ports.get()), PlainGate())
+    try:
+        yield member
+    finally:
+        await member.release()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+def test_a_profile_that_cannot_be_made_is_told_to_the_head(folder):
+    def measure(types):
+        raise OutputError("the cache folder cannot be written; give another --cache")
+
+    async def ask():
+        async with member_of_node(folder, measure) as member:
+            await member.describe(["q8_0"])
+
+    with pytest.raises(NodeLost, match="failed: the cache folder cannot be written"):
+        asyncio.run(asyncio.wait_for(ask(), 20))
+
+
+def test_a_node_is_not_measured_while_it_works_for_another_head(folder):
+    measured = []
+
+    async def ask():
+        async with member_of_node(folder, lambda types: measured.append(types) or "{}") as member:
+
+            async def say():
+                part = wire.Part(sha256=bytes(32), n_bytes=4)
+                yield wire.ToNode(open=opening(windows=[wire.WindowFile(header=bytes(32), parts=[part])]))
+                await asyncio.Event().wait()
+
+            async with PlainGate().channel(member.address.host, member.address.port, "") as channel:
+                holding = service.RingStub(channel).Hold(say())
+                while (await holding.read()).WhichOneof("message") == "beat":
+                    pass
+                busy = await member.describe(["Q8_0"])
+                holding.cancel()
+            return busy
+
+    busy = asyncio.run(asyncio.wait_for(ask(), 20))
+    assert (busy.held_by, busy.device, measured) == ("x", "", [])
+
+
+def test_a_busy_node_is_measured_once_it_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr("localreason.cluster.home._AGAIN_SECONDS", 0)
+    home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
+    address = Address("attic", "127.0.0.1", 7411)
+    busy = Seen("attic-1", ID, address, "is busy with desk", DescribeReply())
+    answers, asked = [busy, busy, replace(busy, problem="")], []
+
+    async def ask(self, address, id, types):
+        asked.append(types)
+        return answers[0] if len(answers) == 1 else answers.pop(0)
+
+    monkeypatch.setattr(Home, "_ask", ask)
+    [seen] = asyncio.run(home.await_free([busy], 60, ["Q8_0"]))
+    assert (seen.name, seen.problem) == ("attic-1", "")
+    assert asked == [[], [], [], ["Q8_0"]]
