@@ -52,7 +52,7 @@ class Settings:
     store: str | None = _setting(None, "folder of pulled models")
     cluster: bool = _setting(False, "share the model with the paired nodes of the home")
     peers: tuple[str, ...] = _setting((), "a node by host:port, where it is not found by itself")
-    windows: str | None = _setting(None, "layers by machine in order, e.g. attic=14,head=14; unset: planned")
+    windows: str | None = _setting(None, "layers by machine in order, on CPUs, e.g. attic=14,head=14; unset: planned")
     rounds: int = _setting(0, "how often a token passes the ring; 0: planned", 0, 64)
     row_type: str = _setting("f32", "form of activations on the wire", choices=("f32", "f16", "i8"))
     disk: bool = _setting(False, "let weights that do not fit into memory be read from disk at each token")
