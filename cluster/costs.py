@@ -1,10 +1,11 @@
 """What layers cost on a device: the numbers of a model, of links, and tables of seconds and limits. Pure.
 
 One token on one device takes `busy` seconds: bytes of weights over the measured speed of their type, and the cells of
-the cache over the memory bandwidth; layers on the GPU take their bytes over its speed. A step of several samples reads
-the weights once for all its rows, until the arithmetic of so many, at the speed of a prompt, takes longer. Weights that
-do not fit into memory beside cache and scratch are read from disk again for every token, only what overflows (`reload`;
-a kernel that drops pages in strict order reads more). Cache and scratch never overflow.
+the cache over the memory bandwidth; layers on the GPU take their bytes over its speed. A step of several samples takes
+the time of one and that of all its rows in a prompt, but no longer than if each had a step: a core that unpacks weights
+more slowly than it reads them gains nothing by few rows. A GPU reads the weights once for all of them. Weights that do
+not fit into memory beside cache and scratch are read from disk again for every token, only what overflows (`reload`; a
+kernel that drops pages in strict order reads more). Cache and scratch never overflow.
 
 With k rounds a device can read ahead for its next window while others compute, up to what its memory for weights, A
 bytes, holds. Of D bytes in k windows D - A are read per token, and max(0, D - kA) of them cannot be ahead of time; at
@@ -150,20 +151,22 @@ def rates(costs: ModelCosts, device: Device, step: Step) -> Rates:
 
     Many rows on a GPU are taken to be faster by what one is; the last row's output is left out of a prefill.
     """
-    speed = np.array([device.weight_speed(kind) for kind in costs.layer_type])
-    gpu_speed = device.gpu_speed or np.inf
-    many = costs.read_bytes(1) * step.n_tokens / np.array([device.prefill_speed(kind) for kind in costs.layer_type])
+    gpu_speed, n_rows = device.gpu_speed or np.inf, step.n_rows
+
+    def of_rows(one: Array, all: Array, kinds: Sequence[str]) -> tuple[Array, Array]:
+        """On the CPU and on the GPU, of the weights that one row and all rows are multiplied with."""
+        speed = np.array([device.weight_speed(kind) for kind in kinds])
+        many = one * step.n_tokens / np.array([device.prefill_speed(kind) for kind in kinds])
+        if step.n_prompt:
+            return many, many * speed / gpu_speed
+        return np.minimum(n_rows * one / speed, all / speed + many), np.maximum(all, many * speed) / gpu_speed
+
+    cpu, gpu = of_rows(costs.read_bytes(1), costs.read_bytes(n_rows), costs.layer_type)
     if step.n_prompt:
-        return Rates(many, many * speed / gpu_speed, 0.0, 0.0)
-    cpu, cache = np.maximum(costs.read_bytes(step.n_rows) / speed, many), step.n_rows * costs.read_cache_bytes
-    output_speed = device.weight_speed(costs.output_type)
-    output = costs.output_bytes * max(1 / output_speed, step.n_rows / device.prefill_speed(costs.output_type))
-    return Rates(
-        cpu + cache / device.memory_bandwidth,
-        (cpu * speed + cache) / gpu_speed,
-        output,
-        output * output_speed / gpu_speed,
-    )
+        return Rates(cpu, gpu, 0.0, 0.0)
+    cache, output = n_rows * costs.read_cache_bytes, np.array([costs.output_bytes], np.float64)
+    [output_cpu], [output_gpu] = of_rows(output, output, [costs.output_type])
+    return Rates(cpu + cache / device.memory_bandwidth, gpu + cache / gpu_speed, float(output_cpu), float(output_gpu))
 
 
 def reload_bytes(costs: ModelCosts, device: Device, ram_weights: Array, ram_cache: Array, n_rounds: int) -> Array:

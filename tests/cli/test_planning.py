@@ -58,7 +58,7 @@ def test_a_plan_for_described_machines(run, tmp_path):
     ("flags", "what"),
     [
         ([], "in ms a token,"),
-        (["--in-flight", "128"], "in ms a token of all samples,"),
+        (["--in-flight", "256"], "in ms a token of all samples,"),
         (["--objective", "prefill"], "in ms a prompt of 512 tokens,"),
     ],
 )

@@ -64,10 +64,12 @@ def step(model, one, layers, n_gpu, is_output_there, is_head, is_disk, n_rounds,
     on_cpu, on_gpu = layers[: len(layers) - n_gpu], layers[len(layers) - n_gpu :]
 
     def times(n_bytes, kind):
-        """The weights are read once, until so many rows are slower than that."""
+        """On the CPU one row and what all rows are in a prompt, or all one by one; on the GPU the weights are read
+        once, until so many rows are slower than that."""
         speed, prefill = one.weight_speed(kind), one.prefill_speed(kind)
-        seconds = max(n_bytes / speed, n_rows * n_bytes / prefill)
-        return seconds, seconds * speed / one.gpu_speed if one.gpu_speed else math.inf
+        rows = n_rows * n_bytes / prefill
+        seconds = min(n_rows * n_bytes / speed, n_bytes / speed + rows)
+        return seconds, max(n_bytes / speed, rows) * speed / one.gpu_speed if one.gpu_speed else math.inf
 
     layer_times = {i: times(model.layer_bytes[i], model.layer_type[i]) for i in layers}
     busy = sum(layer_times[i][0] + n_rows * cells / one.memory_bandwidth for i in on_cpu)

@@ -48,10 +48,20 @@ def test_samples_that_share_steps_gain_little_by_a_second_machine():
     for n in (4, 16):
         found = plan(model, devices, Links(default=(0.01, 1e9)), "throughput", n)
         assert len(found.per_device) == 1, "the weights are read once for all samples"
-        assert found.throughput_seconds == pytest.approx(found.token_seconds / n)
+        assert found.throughput_seconds == pytest.approx(found.token_seconds / n, rel=1e-3)
     slow = [device(prefill=10.0), device("other", prefill=10.0)]
     found = plan(model, slow, Links(default=(0.01, 1e9)), "throughput", 16)
     assert len(found.per_device) == 2, "where arithmetic takes the time, machines share it"
+
+
+def test_a_core_that_unpacks_weights_slowly_gains_little_by_few_rows():
+    # As one thread of AVX2 with Q4_K: prompts are 2.4 times as fast as answers. Measured: 1.9, 3.3 and 8.4 times.
+    slow = device(speed=10.0, prefill=24.0)
+    for n_rows, times in ((1, 1), (2, 1.83), (4, 2.67), (16, 7.67)):
+        found = plan(costs(cache=0, output=0), [slow], Links(), "throughput", n_rows)
+        assert found.throughput_seconds * n_rows == pytest.approx(times * found.token_seconds, rel=1e-2)
+    both = plan(costs(cache=0), [slow, replace(slow, name="other")], Links(), "throughput", 4)
+    assert len(both.per_device) == 2, "each machine takes one sample at a time"
 
 
 @pytest.mark.parametrize("n", [1, 16])
@@ -271,7 +281,8 @@ def test_replicas_add_their_speeds():
     assert found.throughput_seconds == pytest.approx(1 / sum(1 / s for s in found.token_seconds))
     more = replicate(costs(cache=0), devices, n_samples=8)
     assert more is not None
-    assert more.throughput_seconds == pytest.approx(1 / sum(4 / s for s in more.token_seconds)), "four to a step"
+    four = [40 / speed + 4 * 40 / 400 + 5 / (0.8 * speed) + 4 * 5 / 280 for speed in (10, 30)]
+    assert more.throughput_seconds == pytest.approx(1 / sum(4 / s for s in four)), "four to a step"
     assert replicate(costs(), devices, n_samples=1) is None
     assert replicate(costs(), devices[:1], n_samples=4) is None
 
