@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...quant.paired import Difference, bootstrap, mcnemar
+from ...quant.paired import Difference, bootstrap, mcnemar, of_shares
 from ...runtime.errors import InputError
 from ..row import Row, n_sampled
 
@@ -119,15 +119,6 @@ def _accuracy(shares: NDArray[np.float64]) -> Difference:
     return bootstrap(shares, 0)
 
 
-def _difference(each: NDArray[np.float64], seed: int) -> Difference:
-    """The mean of the problems' differences, shape (n_problems,), and its interval."""
-    if len(set(each)) > 1:
-        return bootstrap(each, seed)
-    # What n problems do not show is at most so frequent (Clopper-Pearson, 97.5 % to each side).
-    mean, rest = float(each[0]), 1 - 0.025 ** (1 / len(each))
-    return Difference(mean, max(-1.0, mean - (1 + abs(mean)) * rest), min(1.0, mean + (1 + abs(mean)) * rest))
-
-
 def wilson(share: float, n: int) -> Difference:
     """A share of n independent trials and Wilson's score interval of 95 %."""
     z = 1.959964
@@ -151,7 +142,7 @@ def pair(baseline: Iterable[Row], candidate: Iterable[Row], seed: int = 0) -> Pa
     n_lost, n_won = int((right[0] > right[1]).sum()), int((right[1] > right[0]).sum())
     return Pair(
         n_problems=len(right[0]),
-        accuracy=_difference(right[1] - right[0], seed),
+        accuracy=of_shares(right[1] - right[0], seed),
         sampled=bootstrap(sampled[1] - sampled[0], seed),
         n_only_baseline=n_lost,
         n_only_candidate=n_won,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from localreason.quant.paired import Outcome, bootstrap, compare_outcomes, mcnemar, outcomes
+from localreason.quant.paired import Outcome, bootstrap, compare_outcomes, mcnemar, of_shares, outcomes
 from localreason.runtime.errors import InputError, PromptTooLong
 from localreason.runtime.model import Answered, Result
 from localreason.runtime.sequence import Counts
@@ -62,3 +62,11 @@ def test_outcomes_are_graded_and_failures_left_out():
     events = [object(), result("a", "0.5"), result("b", None), result("c", "x", PromptTooLong("long"))]
     found = outcomes([*events, result("d", "9")], {"a": "1/2", "b": "1", "c": "x", "d": None})
     assert found == {"a": Outcome(True, 4, "end"), "b": Outcome(False, 4, "end"), "d": Outcome(None, 4, "end")}
+
+
+def test_models_that_agree_on_few_problems_may_differ_all_the_same():
+    same = {f"p{i}": Outcome(True, 5, "end") for i in range(3)}
+    found = compare_outcomes(same, same, 3, seed=0).accuracy
+    assert found is not None
+    assert (found.mean, found.low, found.high) == (0, pytest.approx(-0.7076, abs=1e-4), pytest.approx(0.7076, abs=1e-4))
+    assert of_shares(np.zeros(300), seed=0).high < 0.013
