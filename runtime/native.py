@@ -25,6 +25,8 @@ CACHE_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
 _WARN, _ERROR, _CONTINUED = 3, 4, 5
 """ggml's log levels."""
 _NO_VOCABULARY, _SENTENCEPIECE = 0, 1
+_NO_DEVICES = (ctypes.c_void_p * 1)()
+"""The end of a list that names no GPU."""
 _MARK_ATTRIBUTES = 1 << 3 | 1 << 4
 """llama.cpp's CONTROL and USER_DEFINED."""
 _N_SPINS = 1000
@@ -209,6 +211,8 @@ class Model:
         lib = self._lib = library()
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = n_gpu_layers
+        if not n_gpu_layers:  # else a GPU would be taken into use all the same, and prompts sent through it
+            parameters.devices = ctypes.addressof(_NO_DEVICES)
         parameters.load_mode = lib.LLAMA_LOAD_MODE_MMAP if use_mmap else lib.LLAMA_LOAD_MODE_NONE
         parameters.vocab_only = vocab_only
         parameters.use_extra_bufts = is_repacked

@@ -1,5 +1,6 @@
 """Opening files: each failure has its own message, and no file ends the process."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -297,3 +298,15 @@ library()
         pytest.skip("llama.cpp was built without GNU's OpenMP")
     found = next(line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line)
     assert found == expected if expected else int(found) > 1000
+
+
+@pytest.mark.parametrize(("n_gpu_layers", "is_kept_away"), [(0, True), (1, False)])
+def test_without_layers_on_it_a_gpu_is_not_even_opened(n_gpu_layers, is_kept_away, tiny_model, monkeypatch):
+    given = []
+    monkeypatch.setattr(native.library(), "llama_model_load_from_file", lambda _, parameters: given.append(parameters))
+    with pytest.raises(ModelBroken):
+        native.Model(tiny_model, n_gpu_layers)
+    [devices] = [parameters.devices for parameters in given]
+    assert bool(devices) == is_kept_away
+    if devices:
+        assert ctypes.cast(devices, ctypes.POINTER(ctypes.c_void_p))[0] is None, "a list of none"
