@@ -96,7 +96,7 @@ class Blank:
     """An engine whose logits nobody reads."""
 
     n_vocab, n_context, n_context_sequence, n_sequences, n_batch = 1, 1 << 20, 1 << 20, 65, 512
-    can_rewind, n_in_flight = True, 1
+    can_rewind, n_in_flight, n_spread = True, 1, 1
 
     def __init__(self) -> None:
         self.n_rows = 0

@@ -57,6 +57,11 @@ class Engine(Protocol):
         """Batches that are worth submitting before the first is collected: 1 on one machine."""
         ...
 
+    @property
+    def n_spread(self) -> int:
+        """Of these, as many as decoding sequences are spread over: those of one batch share the reading of weights."""
+        ...
+
     def submit(self, batch: Batch) -> None:
         """Hand a batch over; memory operations that follow see it done. Raises ContextFull, nothing changed."""
         ...

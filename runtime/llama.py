@@ -150,7 +150,7 @@ class LlamaEngine:
         DecodeFailed."""
         return self._cache.decode(batch)
 
-    n_in_flight = 1
+    n_in_flight = n_spread = 1
 
     def submit(self, batch: Batch) -> None:
         """Evaluate the batch; its rows wait for `collect`."""

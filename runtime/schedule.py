@@ -194,11 +194,12 @@ class Schedule:
         and beside decoding rows only a part of a batch.
 
         Rows that wait for logits have nothing pending. Where several batches are under way at once, the decoding rows
-        are spread over them.
+        are spread over some of them, and one that was late waits until it can join others.
         """
-        room = self.engine.n_batch
+        room, n_spread = self.engine.n_batch, self.engine.n_spread
         n_decoding = sum(row.n_pending <= 1 for row in self.rows)
-        n_share = -(-n_decoding // self.engine.n_in_flight)
+        n_under_way = len({id(row.flight) for row in self.rows if row.flight})
+        n_share = -(-n_decoding // n_spread) if n_under_way < n_spread else 0
         flight = Flight([], [])
         for row in sorted(self.rows, key=lambda row: row.n_pending > 1) if len(self.rows) > 1 else self.rows:
             if room == 0 or not row.n_pending or not self._join_leader(row):

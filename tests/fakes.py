@@ -66,6 +66,7 @@ class ScriptedEngine:
         n_batch: int = 128,
         can_rewind: bool = True,
         n_in_flight: int = 1,
+        n_spread: int | None = None,
     ) -> None:
         self.next_token = next_token
         self.n_vocab = n_vocab
@@ -74,7 +75,7 @@ class ScriptedEngine:
         self.n_sequences = n_sequences
         self.n_batch = n_batch
         self.can_rewind = can_rewind
-        self.n_in_flight = n_in_flight
+        self.n_in_flight, self.n_spread = n_in_flight, n_spread or n_in_flight
         self.results: deque[Logits] = deque()
         self.held: list[list[int]] = [[] for _ in range(n_sequences)]
         self.shared = [0] * n_sequences

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,9 +25,14 @@ def requests(limit=None):
         yield Request(sequence, PhaseTracker(FORMATS["think"], ""), lambda row: int(row.argmax()), [])
 
 
-def run(n_in_flight, n_context=100_000, n_parallel=None, limit=None, n_batch=128):
+def run(n_in_flight, n_context=100_000, n_parallel=None, limit=None, n_batch=128, n_spread=None):
     engine = ScriptedEngine(
-        script(TOKENIZER, REPLIES), TOKENIZER.n_vocab, n_context, n_batch=n_batch, n_in_flight=n_in_flight
+        script(TOKENIZER, REPLIES),
+        TOKENIZER.n_vocab,
+        n_context,
+        n_batch=n_batch,
+        n_in_flight=n_in_flight,
+        n_spread=n_spread,
     )
     tokens, reasons = {}, {}
     for event in decode(engine, TOKENIZER, requests(limit), n_parallel):
@@ -44,7 +50,8 @@ def run(n_in_flight, n_context=100_000, n_parallel=None, limit=None, n_batch=128
 def test_the_tokens_do_not_depend_on_how_many_batches_are_under_way(n_in_flight, n_parallel, limit, n_batch, data):
     n_context = data.draw(st.sampled_from([100_000, 260, 180]))
     expected = run(1, n_context, n_parallel, limit, n_batch)
-    found = run(n_in_flight, n_context, n_parallel, limit, n_batch)
+    n_spread = data.draw(st.integers(1, n_in_flight))
+    found = run(n_in_flight, n_context, n_parallel, limit, n_batch, n_spread)
     assert found[0] == expected[0]
     assert found[1] == expected[1]
 
@@ -54,6 +61,21 @@ def test_decoding_rows_are_spread_over_the_batches():
     sizes = [len(batch) for batch in engine.batches]
     assert max(sizes[-20:]) == 1
     assert len(engine.batches) > len(run(1, n_parallel=4)[2].batches)
+
+
+def test_rows_share_as_many_batches_as_the_engine_wants_and_late_ones_join_them():
+    texts = [f"{i}" + "x" * 40 * i for i in range(6)]  # each begins to answer at another time
+    answer = script(TOKENIZER, dict.fromkeys(texts, "<think>" + "ab" * 60 + "</think>Done."))
+    engine = ScriptedEngine(answer, TOKENIZER.n_vocab, n_batch=16, n_in_flight=6, n_spread=2)
+    every = [
+        Request(Sequence(TOKENIZER.encode(text)), PhaseTracker(FORMATS["think"], ""), lambda row: int(row.argmax()), [])
+        for text in texts
+    ]
+    assert sum(isinstance(event, Finished) for event in decode(engine, TOKENIZER, every, n_parallel=6)) == 6
+    prompts = [i for i, batch in enumerate(engine.batches) if any(len(span.tokens) > 1 for span in batch)]
+    together = [{span.sequence_id for span in batch} for batch in engine.batches[prompts[-1] + 6 :][:12]]
+    assert [len(slots) for slots in together] == [3] * 12
+    assert all(one.isdisjoint(other) for one, other in pairwise(together))
 
 
 def test_a_prompt_goes_in_pieces_that_follow_each_other():
