@@ -159,7 +159,8 @@ def table(question: Question, found: Plan) -> list[str]:
     lines.append("")
     lines.append(f"{found.n_rounds} round(s) a token; expected {token * 1000:.1f} ms a token, {1 / token:.1f} a second")
     if wish.n_in_flight:
-        lines.append(f"with {wish.n_in_flight} samples: {1 / full:.1f} tokens a second together")
+        shared = f", {found.n_rows} to a step" if found.n_rows > 1 else ""
+        lines.append(f"with {wish.n_in_flight} samples{shared}: {1 / full:.1f} tokens a second together")
     elif len(found.per_device) > 1:
         lines.append(f"with the ring kept full by several samples: {1 / full:.1f} tokens a second together")
     if replicas is not None:

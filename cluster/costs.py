@@ -2,8 +2,8 @@
 
 One token on one device takes `busy` seconds: bytes of weights over the measured speed of their type, and the cells of
 the cache over the memory bandwidth; layers on the GPU take their bytes over its speed. A step of several samples takes
-the time of one and that of all its rows in a prompt, but no longer than if each had a step: a core that unpacks weights
-more slowly than it reads them gains nothing by few rows. A GPU reads the weights once for all of them. Weights that do
+as many times that of one as was measured for such weights: a core that unpacks weights more slowly than it reads them
+gains little by few rows, and kernels like some numbers of them. A GPU reads the weights once for all. Weights that do
 not fit into memory beside cache and scratch are read from disk again for every token, only what overflows (`reload`; a
 kernel that drops pages in strict order reads more). Cache and scratch never overflow.
 
@@ -141,9 +141,9 @@ class Step:
         return self.n_prompt or self.n_rows
 
 
-def rows_of(n_samples: int, n_machines: int) -> int:
-    """Rows of a step where samples are spread over the batches under way; one machine alone has one batch."""
-    return -(-n_samples // (N_UNDER_WAY * n_machines)) if n_machines > 1 else n_samples
+def row_choices(n_samples: int) -> list[int]:
+    """Rows of a step where samples are spread over one batch, two, four and so on up to one each; most rows first."""
+    return sorted({-(-n_samples // 2**i) for i in range(n_samples.bit_length() + 1)}, reverse=True)
 
 
 def rates(costs: ModelCosts, device: Device, step: Step) -> Rates:
@@ -155,11 +155,17 @@ def rates(costs: ModelCosts, device: Device, step: Step) -> Rates:
 
     def of_rows(one: Array, all: Array, kinds: Sequence[str]) -> tuple[Array, Array]:
         """On the CPU and on the GPU, of the weights that one row and all rows are multiplied with."""
-        speed = np.array([device.weight_speed(kind) for kind in kinds])
-        many = one * step.n_tokens / np.array([device.prefill_speed(kind) for kind in kinds])
+        known = {
+            kind: (device.weight_speed(kind), device.prefill_speed(kind), device.row_cost(kind, n_rows))
+            for kind in set(kinds)
+        }
+        speed, prefill, cost = np.array([known[kind] for kind in kinds]).T
+        many = one * step.n_tokens / prefill
         if step.n_prompt:
             return many, many * speed / gpu_speed
-        return np.minimum(n_rows * one / speed, all / speed + many), np.maximum(all, many * speed) / gpu_speed
+        # Rows of a mixture that need other experts each read their own.
+        on_cpu = np.minimum(np.maximum(cost, n_rows) * one, all - one + cost * one) / speed
+        return on_cpu, np.maximum(all, many * speed) / gpu_speed
 
     cpu, gpu = of_rows(costs.read_bytes(1), costs.read_bytes(n_rows), costs.layer_type)
     if step.n_prompt:
@@ -190,14 +196,18 @@ def has_gpu(device: Device) -> bool:
     return device.gpu_speed > 0 and device.gpu_memory_bytes > 0
 
 
-def least_step(
-    costs: ModelCosts, devices: Sequence[Device], is_disk_allowed: bool, step: Step, n_machines: int
-) -> float:
-    """Seconds that no ring of so many machines is below: the quickest layer, shared out in fractions."""
+def least_seconds(
+    costs: ModelCosts, devices: Sequence[Device], is_disk_allowed: bool, step: Step
+) -> tuple[float, float]:
+    """Seconds that no ring's sum is below, each layer where it is quickest, and none's slowest step, the quickest layer
+    shared out in fractions."""
     layer = min(costs.layer_bytes) + costs.held_cache_bytes
-    places = []
+    places, quickest, outputs = [], [], []
     for device in devices:
         rate = rates(costs, device, step)
+        is_here = has_gpu(device)
+        quickest.append(np.minimum(rate.cpu, rate.gpu) if is_here else rate.cpu)
+        outputs.append(min(rate.output_cpu, rate.output_gpu) if is_here else rate.output_cpu)
         there = [(rate.cpu.min(), np.inf if is_disk_allowed else device.memory_bytes / layer), (np.inf, 0.0)]
         if has_gpu(device):
             there[1] = (rate.gpu.min(), device.gpu_memory_bytes / layer)
@@ -207,13 +217,13 @@ def least_step(
     def n_layers(limit: float) -> float:
         quick = np.minimum(limit / seconds[:, 0], rooms[:, 0])
         slow = np.minimum((limit - quick * seconds[:, 0]) / seconds[:, 1], rooms[:, 1])
-        return np.sort(quick + slow)[-n_machines:].sum()
+        return float((quick + slow).sum())
 
     low, high = 0.0, float(seconds[np.isfinite(seconds)].max() * costs.n_layers)
     for _ in range(20):
         middle = (low + high) / 2
         low, high = (low, middle) if n_layers(middle) >= costs.n_layers else (middle, high)
-    return low
+    return float(np.min(quickest, axis=0).sum()) + outputs[0], low
 
 
 @dataclass(frozen=True, slots=True)

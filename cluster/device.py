@@ -6,11 +6,12 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 
 from ..runtime.devices import GpuMemory, gpu_memory
@@ -19,6 +20,7 @@ from ..runtime.room import available_bytes
 from . import probe
 from .errors import ProtocolError
 
+T = TypeVar("T")
 PROFILE_SECONDS = 7 * 86400.0
 """Age at which a kept profile is measured again."""
 RESERVE_BYTES = 512 << 20
@@ -42,6 +44,8 @@ class Device:
     prefill_speeds: Mapping[str, float]
     """Per ggml type: bytes of weights times tokens per second when many tokens are evaluated at once."""
     memory_bandwidth: float
+    row_costs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Per ggml type: seconds of a step of `probe.ROWS` samples over those of one."""
     disk_sequential: float = 0.0
     disk_random: float = 0.0
     gpu_name: str = ""
@@ -61,6 +65,8 @@ class Device:
             value = getattr(self, item.name)
             if item.name in ("weight_speeds", "prefill_speeds"):
                 _check_speeds(item.name, value)
+            elif item.name == "row_costs":
+                _check_costs(value)
             elif item.name in ("name", "gpu_name", "system", "version"):
                 _check_text(item.name, value)
             elif item.name == "notes":
@@ -81,13 +87,24 @@ class Device:
         """Prefill speed for a ggml type, bytes times tokens per second; of the nearest type if unmeasured."""
         return nearest(self.prefill_speeds, kind)
 
+    def row_cost(self, kind: str, n_rows: int) -> float:
+        """Seconds of a step of `n_rows` samples on the CPU over those of one, for weights of a ggml type; where that
+        was not measured, of one sample and of all rows in a prompt, or of as many steps if that is less."""
+        if not self.row_costs:
+            return min(n_rows, 1 + n_rows * self.weight_speed(kind) / self.prefill_speed(kind))
+        most, costs = probe.ROWS[-1], nearest(self.row_costs, kind)
+        if n_rows > most:
+            return costs[-1] * n_rows / most
+        return float(np.interp(n_rows, (1, *probe.ROWS), (1.0, *costs)))
+
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(asdict(self), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Device":
-        """Read untrusted JSON. Raises ProtocolError unless every field is there, known, finite and within bounds."""
+        """Read untrusted JSON. Raises ProtocolError unless every field is known, finite and within bounds, and those
+        without a default are there."""
         if len(text) > _N_JSON:
             raise ProtocolError(f"a device of {len(text)} characters came; {_N_JSON} are the most")
         try:
@@ -95,17 +112,20 @@ class Device:
         except (ValueError, RecursionError) as error:
             raise ProtocolError(f"a device came that is not JSON: {str(error)[:80]}") from error
         names = {item.name for item in fields(cls)}
-        if not isinstance(found, dict) or set(found) != names:
+        needed = {item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING}
+        if not isinstance(found, dict) or not needed <= set(found) <= names:
             raise ProtocolError(
                 "a device came with missing or unknown fields; use one version of localreason everywhere"
             )
-        if isinstance(found["notes"], list):
-            found["notes"] = tuple(found["notes"])
+        if isinstance(notes := found.get("notes"), list):
+            found["notes"] = tuple(notes)
+        if isinstance(costs := found.get("row_costs"), dict):
+            found["row_costs"] = {k: tuple(v) if isinstance(v, list) else v for k, v in costs.items()}
         return cls(**found)
 
 
-def nearest(speeds: Mapping[str, float], kind: str) -> float:
-    """The speed of a type, or of the measured type nearest to it in bits per weight."""
+def nearest(speeds: Mapping[str, T], kind: str) -> T:
+    """What was measured of a type, or of the measured type nearest to it in bits per weight."""
     if kind in speeds:
         return speeds[kind]
     bits = _BITS.get(kind, 4.5)
@@ -138,10 +158,21 @@ def _check_speeds(name: str, value: Any) -> None:
         _check_number(f"{name} {kind}", speed)
 
 
+def _check_costs(value: Any) -> None:
+    if not isinstance(value, Mapping) or len(value) > _N_TYPES or not set(value) <= set(_BITS):
+        raise ProtocolError(f"row_costs of a device are {value!r:.80}; they must name at most {_N_TYPES} types of ggml")
+    n = len(probe.ROWS)
+    for kind, costs in value.items():
+        if not isinstance(costs, tuple) or len(costs) != n:
+            raise ProtocolError(f"row_costs {kind} of a device are {costs!r:.80}; they must be {n} numbers")
+        for cost in costs:
+            _check_number(f"row_costs {kind}", cost)
+
+
 def measure(
     n_threads: int, types: Sequence[str], folder: Path, name: str = "", probe_bytes: int = 64 << 20, n_embd: int = 2048
 ) -> Device:
-    """Measure this machine in about five seconds, disk included, with temporary files in `folder`.
+    """Measure this machine in some seconds, disk included, with temporary files in `folder`.
 
     `types` are the ggml types of weights that matter, e.g. ["Q4_K", "Q6_K"]; `probe_bytes` is the size of the weights
     and files that are timed, which should exceed the caches. Raises ModelError, EngineError, InputError, OutputError.
@@ -155,7 +186,7 @@ def measure(
         disk = probe.disk(folder, probe_bytes)
         speeds = {kind: probe.speeds(kind, n_threads, folder, probe_bytes, n_embd) for kind in dict.fromkeys(types)}
         if gpu:
-            gpu_speed = probe.speeds(kind, n_threads, folder, probe_bytes, n_embd, n_gpu_layers=999).decode
+            gpu_speed = probe.gpu_speed(kind, folder, probe_bytes, n_embd)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written to: {error}; choose another folder or free space") from error
     return Device(
@@ -163,6 +194,7 @@ def measure(
         **_free(gpu, gpu_speed > max(speed.decode for speed in speeds.values())),
         weight_speeds={kind: speed.decode for kind, speed in speeds.items()},
         prefill_speeds={kind: speed.prefill for kind, speed in speeds.items()},
+        row_costs={kind: speed.rows for kind, speed in speeds.items()},
         memory_bandwidth=probe.memory_bandwidth(probe_bytes),
         disk_sequential=disk.sequential,
         disk_random=disk.random,

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
-from .costs import Links, ModelCosts, Rates, Step, has_gpu, rates, reload_bytes, reload_seconds, rows_of
+from .costs import Links, ModelCosts, Rates, Step, has_gpu, rates, reload_bytes, reload_seconds, row_choices
 from .device import Device
 
 
@@ -49,6 +50,8 @@ class Forecast:
 
     token_seconds: float
     throughput_seconds: float
+    n_rows: int
+    """Samples that share a step."""
     shares: tuple[Share, ...]
 
 
@@ -79,32 +82,40 @@ def forecast(
     n_samples: int | None = None,
 ) -> Forecast | None:
     """Predict windows in the order of hops, the last one the head's, `devices` the head first; None where they do not
-    fit. Between two tokens of `n_samples` sequences each device has a step for every batch of them, None is one row
-    each of as many as keep the ring full."""
+    fit. Between two tokens of `n_samples` sequences each device has a step for every batch of them, which are as many
+    as is best; None is one row each of as many as keep the ring full."""
     by_name = {device.name: device for device in devices}
-    shares, waits, steps, totals = [], [], [], []
     names = list(dict.fromkeys(window.device for window in windows[: len(windows) // n_rounds]))
-    n_rows = rows_of(n_samples, len(names)) if n_samples else 1
-    for name, following in zip(names, [*names[1:], names[0]], strict=True):
-        held = _held(by_name[name], windows, name == windows[-1].device, is_output_on_gpu)
-        one = _share(costs, held, n_rounds, is_disk_allowed, n_batch)
-        if one is None:
+    hops = list(pairwise([*names, names[0]]))
+    shares, waits, parts = [], [], []
+    for one, other in hops:
+        held = _held(by_name[one], windows, one == windows[-1].device, is_output_on_gpu)
+        found = _share(costs, held, n_rounds, is_disk_allowed, n_batch)
+        if found is None:
             return None
-        share, wait = one
         row = costs.n_embd * costs.value_bytes
-        hop, rows_hop, batch_hop = (n_rounds * links.seconds(name, following, row * n) for n in (1, n_rows, n_batch))
-        use, batch_use = (n_rounds * links.transfer_seconds(name, following, row * n) for n in (n_rows, n_batch))
-        hops = {"link_seconds": hop, "prefill_link_seconds": batch_hop, "prefill_transfer_seconds": batch_use}
-        shares.append(replace(share, **hops))
-        waits.append(wait)
-        busy = held.seconds(rates(costs, held.device, Step(n_rows)))
-        totals.append(busy + wait + rows_hop)
-        steps += [busy + share.reload_seconds, use]
+        hop, batch_hop = (n_rounds * links.seconds(one, other, row * n) for n in (1, n_batch))
+        batch_use = n_rounds * links.transfer_seconds(one, other, row * n_batch)
+        link = {"link_seconds": hop, "prefill_link_seconds": batch_hop, "prefill_transfer_seconds": batch_use}
+        shares.append(replace(found[0], **link))
+        waits.append(found[1])
+        parts.append(held)
     each = [share.busy_seconds + share.reload_seconds for share in shares]
     # Each device computes and reads within the token, and waits for what cannot be ahead (costs.py).
     token = max(sum(s.busy_seconds + w + s.link_seconds for s, w in zip(shares, waits, strict=True)), max(each))
-    between = max(-(-n_samples // n_rows) * max(steps), sum(totals)) / n_samples if n_samples else max(steps)
-    return Forecast(token, between, tuple(shares))
+
+    def between(n_rows: int) -> float:
+        n_bytes = costs.n_embd * costs.value_bytes * n_rows
+        busy = [held.seconds(rates(costs, held.device, Step(n_rows))) for held in parts]
+        uses = [n_rounds * links.transfer_seconds(one, other, n_bytes) for one, other in hops]
+        slowest = max(*uses, *(b + share.reload_seconds for b, share in zip(busy, shares, strict=True)))
+        if n_samples is None:
+            return slowest
+        total = sum(busy) + sum(waits) + n_rounds * sum(links.seconds(one, other, n_bytes) for one, other in hops)
+        return max(-(-n_samples // n_rows) * slowest, total) / n_samples
+
+    n_rows = min(row_choices(n_samples or 1), key=between)
+    return Forecast(token, between(n_rows), n_rows, tuple(shares))
 
 
 def _held(device: Device, windows: Sequence[Window], is_head: bool, is_output_on_gpu: bool) -> _Held:

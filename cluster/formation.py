@@ -41,6 +41,8 @@ class Placement:
     windows: tuple[Assignment, ...]
     is_disk_used: bool = False
     token_seconds: float = 0.0
+    n_spread: int = 0
+    """Batches over which decoding sequences are spread; 0 for as many as are under way at once."""
 
     def check(self, file: ModelFile) -> None:
         """Raises PlanImpossible for a placement that is no ring."""

@@ -160,7 +160,8 @@ def placement_of(found: Plan, wish: Wish) -> Placement:
         windows.append(
             Assignment(HEAD if window.device == HEAD_NAME else window.device, window.first, window.end, n_gpu)
         )
-    return Placement(tuple(windows), found.is_disk_used, token_seconds)
+    n_spread = -(-wish.n_in_flight // found.n_rows) if wish.n_in_flight else 0
+    return Placement(tuple(windows), found.is_disk_used, token_seconds, n_spread)
 
 
 def planned(

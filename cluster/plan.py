@@ -10,21 +10,19 @@ is given), and taken only where reading ahead pays; a device of the ring then ha
 The objectives, lower is better:
 - latency: seconds of a token of one sequence, busy + reload + hops;
 - throughput: seconds between tokens of a ring kept full, max over devices of busy + reload and over links of
-  transfer; then latency. Where `n_in_flight` samples are given, they share steps, and how many do depends on the
-  number of machines (`rows_of`): each number of rows is searched for the rings that have it, by the longer of the sum
-  and that maximum times the steps;
+  transfer; then latency. Where `n_in_flight` samples are given, they are spread over batches that follow each other:
+  each number of rows that a batch may have is searched, by the longer of the sum and that maximum times the batches;
 - prefill: seconds of a prompt of `N_PROMPT` tokens in batches of `n_batch` that follow each other, their sum for the
   first and the maximum for each further one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from .costs import Array, Links, ModelCosts, Step, exact, has_gpu, least_step, rows_of, uniform
+from .costs import Array, Links, ModelCosts, Step, exact, has_gpu, least_seconds, row_choices, uniform
 from .device import Device
 from .errors import PlanImpossible
 from .forecast import Share, Window, forecast
@@ -54,6 +52,8 @@ class Plan:
     """In the order of the ring, the head last; devices left out are not in it."""
     n_batch: int
     """Prompt tokens of a micro-batch."""
+    n_rows: int = 1
+    """Samples that share a step, where a number of them was given."""
 
     @property
     def is_disk_used(self) -> bool:
@@ -87,39 +87,36 @@ class _Task:
     is_disk_allowed: bool
     n_batch: int
     n_rows: int = 1
-    n_least: int = 0
-    n_most: int = 0
-    """Workers of the rings that are searched."""
     most: float = np.inf
     """Value below which a ring is worth finding."""
+    least: tuple[float, float] = (0.0, 0.0)
+    """No ring's sum is below the first, and none's slowest step below the second."""
 
     @property
     def step(self) -> Step:
         """What is weighed."""
         return Step(n_prompt=self.n_batch) if self.objective == "prefill" else Step(self.n_rows)
 
-    def value(self, total: float, limit: float) -> float:
-        """What is to be least, of the sum of a ring's steps and hops and the slowest of them."""
+    def value(self, total: float, limit: Any) -> Any:
+        """What is to be least, of the sum of a ring's steps and hops and the slowest of them, or of each of many."""
         if self.objective == "latency":
-            return max(total, limit)
+            return np.maximum(total, limit)
         if self.objective == "prefill":
             return total + (-(-N_PROMPT // self.n_batch) - 1) * limit
         n = self.n_in_flight
-        return max(-(-n // self.n_rows) * limit, total) / n if n else limit
+        return np.maximum(-(-n // self.n_rows) * limit, total) / n if n else limit
 
     def parts(self) -> "Iterator[_Task]":
-        """The task by the rings whose steps have as many rows."""
+        """The task by the rows of a step."""
         n = self.n_in_flight if self.objective == "throughput" else None
-        sizes = range(1, len(self.devices) + 1)
-        for n_rows, same in groupby(sizes, lambda n_machines: rows_of(n, n_machines) if n else 1):
-            least, *others = same
-            yield replace(self, n_rows=n_rows, n_least=least - 1, n_most=(others or [least])[-1] - 1)
+        for n_rows in row_choices(n or 1):
+            part = replace(self, n_rows=n_rows)
+            least = least_seconds(self.costs, self.devices, self.is_disk_allowed, part.step)
+            yield replace(part, least=least)
 
     def floor(self) -> float:
-        """A value that no ring of the task's sizes is below; 0 where there are no others."""
-        if not self.n_in_flight or self.objective != "throughput":
-            return 0.0
-        return self.value(0.0, least_step(self.costs, self.devices, self.is_disk_allowed, self.step, self.n_most + 1))
+        """A value that no ring of the task's rows is below."""
+        return self.value(*self.least)
 
     def hops(self, n_rounds: int) -> tuple[Array, Array]:
         """Seconds, and seconds of a link's use, between all devices."""
@@ -197,7 +194,7 @@ def _find(
     seconds, uses = task.hops(n_rounds)
     n_workers = len(task.devices) - 1
     is_any_order = n_workers <= N_ANY_ORDER and not (is_alike and _is_one_link(task))
-    ways = orders(n_workers, is_any_order, task.n_least, task.n_most)
+    ways = orders(n_workers, is_any_order)
 
     def find(limit: float) -> Route | None:
         return search(tables(limit), np.where(uses <= limit, seconds, np.inf), ways)
@@ -205,7 +202,10 @@ def _find(
     if task.objective == "latency" and n_rounds == 1:  # the sum is never below its parts
         route = find(np.inf)
         return (np.inf, route) if route else None
-    return least(find, np.concatenate([uses.ravel(), *(bound.ravel() for bound in bounds)]), task.value, task.most)
+    limits = np.concatenate([uses.ravel(), *(bound.ravel() for bound in bounds)])
+    limits = limits[np.isfinite(limits) & (limits >= task.least[1])]
+    limits = np.unique(limits[task.value(0.0, limits) < task.most])
+    return least(find, limits, task.value)
 
 
 def _one_round(task: _Task) -> Plan | None:
@@ -304,7 +304,8 @@ def _predict(task: _Task, windows: list[Window], n_rounds: int, is_output_there:
     )
     if found is None:
         return None
-    return Plan(tuple(windows), n_rounds, found.token_seconds, found.throughput_seconds, found.shares, task.n_batch)
+    token, between = found.token_seconds, found.throughput_seconds
+    return Plan(tuple(windows), n_rounds, token, between, found.shares, task.n_batch, found.n_rows)
 
 
 def _impossible(task: _Task, rounds: Sequence[int]) -> PlanImpossible:

@@ -1,9 +1,10 @@
 """Times what decoding is made of: weights through the cores or the GPU, plain memory, the disk."""
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +18,22 @@ from ..runtime.errors import InputError
 
 _N_VOCAB, _N_HEADS, _N_CONTEXT = 256, 8, 256
 _N_PREFILL = 64
-_LEAST_SECONDS, _MOST_STEPS = 0.25, 64
+_LEAST_SECONDS, _MOST_SECONDS, _MOST_STEPS = 0.25, 2.0, 64
+_ROWS_SECONDS = 0.1
+ROWS = (2, 4, 8, 16)
+"""Rows of the steps that are timed beside those of one: kernels work in tiles, and what lies between is no line."""
 _PAGE_BYTES, _N_PAGES = 64 << 10, 64
 _BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """Bytes of weights per second of decode; bytes times tokens per second of prefill."""
+    """Bytes of weights per second of decode; bytes times tokens per second of prefill; the seconds of a step of `ROWS`
+    over those of one row."""
 
     decode: float
     prefill: float
+    rows: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,35 +45,50 @@ class Disk:
     is_cold: bool
 
 
-def speeds(kind: str, n_threads: int, folder: Path, n_bytes: int, n_embd: int, n_gpu_layers: int = 0) -> Speeds:
-    """Time a llama model of zeros of one ggml type, of at least `n_bytes` and one layer.
+def speeds(kind: str, n_threads: int, folder: Path, n_bytes: int, n_embd: int) -> Speeds:
+    """Time a llama model of zeros of one ggml type on the CPU, of at least `n_bytes` and one layer.
 
     Zeros take as long as other weights: no kernel looks at them. Raises InputError for a type that weights cannot
     have, and what opening a model raises.
     """
+    with _opened(kind, n_threads, folder, n_bytes, n_embd) as (cache, n_weights):
+        one, prefill = _time(cache, 1), _time(cache, _N_PREFILL)
+        rows = tuple(max(1.0, _time(cache, n, _ROWS_SECONDS) / one) for n in ROWS)
+    return Speeds(n_weights / one, n_weights * _N_PREFILL / prefill, rows)
+
+
+def gpu_speed(kind: str, folder: Path, n_bytes: int, n_embd: int) -> float:
+    """Bytes of weights per second of decode of the same model on the GPU. Raises as `speeds` does."""
+    with _opened(kind, 1, folder, n_bytes, n_embd, n_gpu_layers=999) as (cache, n_weights):
+        return n_weights / _time(cache, 1)
+
+
+@contextlib.contextmanager
+def _opened(
+    kind: str, n_threads: int, folder: Path, n_bytes: int, n_embd: int, n_gpu_layers: int = 0
+) -> Iterator[tuple[Cache, int]]:
+    """The model's cache, and bytes of the weights that every token is multiplied with."""
     with tempfile.TemporaryDirectory(prefix="probe-", dir=folder) as scratch:
         path = Path(scratch) / "probe.gguf"
         n_weights = _write(path, kind, n_bytes, n_embd)
-        model = native.Model(path, n_gpu_layers)
-        try:
-            cache = Cache(model, _N_CONTEXT, 1, _N_PREFILL, n_threads, "f16")
-            try:
-                return Speeds(n_weights / _time(cache, 1), n_weights * _N_PREFILL / _time(cache, _N_PREFILL))
-            finally:
-                cache.close()
-        finally:
-            model.close()
+        with (
+            contextlib.closing(native.Model(path, n_gpu_layers)) as model,
+            contextlib.closing(Cache(model, _N_CONTEXT, 1, _N_PREFILL, n_threads, "f16")) as cache,
+        ):
+            yield cache, n_weights
 
 
-def _time(cache: Cache, n_tokens: int) -> float:
-    """Median seconds of a step; the first one only warms up."""
+def _time(cache: Cache, n_tokens: int, least_seconds: float = _LEAST_SECONDS) -> float:
+    """Median seconds of a step; the first one only warms up, unless it takes so long that it has to do."""
     span, taken = Span(0, 0, [0] * n_tokens), []
-    while len(taken) < 3 or (sum(taken[1:]) < _LEAST_SECONDS and len(taken) < _MOST_STEPS):
+    while len(taken) < 3 or (sum(taken[1:]) < least_seconds and len(taken) < _MOST_STEPS):
         started = time.perf_counter()
         cache.decode([span])
         taken.append(time.perf_counter() - started)
         cache.remove(0, 0)
-    return float(np.median(taken[1:]))
+        if sum(taken) > _MOST_SECONDS:
+            break
+    return float(np.median(taken[1:] or taken))
 
 
 def _write(path: Path, kind: str, n_bytes: int, n_embd: int) -> int:

@@ -127,6 +127,12 @@ class RingEngine:
         return max(1, N_UNDER_WAY * len({window.member for window in windows}))
 
     @property
+    def n_spread(self) -> int:
+        """Batches of decoding sequences, as the ring was planned for."""
+        planned = self._formation.placement.n_spread if self._formation else 0
+        return min(planned or self.n_in_flight, self.n_in_flight)
+
+    @property
     def busy_seconds(self) -> dict[str, float]:
         """What each node has computed since the ring was formed, as it said last; for any thread."""
         formation = self._formation

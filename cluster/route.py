@@ -5,7 +5,6 @@ A table says what layers [first, end) cost on a device, infinite where they cann
 """
 
 import heapq
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,47 +42,24 @@ class State:
     before: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Orders:
-    """States, each after those it comes from, and from which of them the head may close the ring."""
-
-    states: tuple[State, ...]
-    ends: tuple[int, ...]
-
-
-def orders(n_workers: int, is_any_order: bool, n_least: int, n_most: int) -> Orders:
-    """Visits of `n_least` to `n_most` workers: in all orders, or in the order given."""
-    alone = () if n_least else (-1,)
+def orders(n_workers: int, is_any_order: bool) -> tuple[State, ...]:
+    """Visits of some workers: in all orders, or in the order given."""
+    if not is_any_order:
+        return tuple(State(m + 1, tuple(range(-1, m))) for m in range(n_workers))
     number: dict[tuple[int, int], int] = {}
     states: list[State] = []
-    ends: list[int] = []
-    if not is_any_order:
-        # Counted is only what decides: with no upper limit as far as the lower one.
-        is_limited = n_most < n_workers
-        most = n_most if is_limited else max(1, n_least)
-        for m in range(1, n_workers + 1):
-            for count in range(1, min(m, most) + 1):
-                counts = {count - 1} if is_limited or count < most else {count - 1, count}
-                before = tuple(i for (device, n), i in number.items() if n in counts and device < m)
-                number[m, count] = len(states)
-                ends += [len(states)] if count >= n_least else []
-                states.append(State(m, (-1, *before) if count == 1 else before))
-        return Orders(tuple(states), (*alone, *ends))
     for visited in range(1, 1 << n_workers):
-        if visited.bit_count() > n_most:
-            continue
         for last in (m for m in range(n_workers) if visited >> m & 1):
             rest = visited ^ (1 << last)
             before = tuple(number[rest, m] for m in range(n_workers) if rest >> m & 1) or (-1,)
             number[visited, last] = len(states)
-            ends += [len(states)] if visited.bit_count() >= n_least else []
             states.append(State(last + 1, before))
-    return Orders(tuple(states), (*alone, *ends))
+    return tuple(states)
 
 
-def search(tables: Sequence[Array], hops: Array, ways: Orders) -> Route | None:
-    """The cheapest ring. `tables[m][first, end]`, the head's first; `hops[m, n]` is the cost of a hop."""
-    states = ways.states
+def search(tables: Sequence[Array], hops: Array, states: Sequence[State]) -> Route | None:
+    """The cheapest ring. `tables[m][first, end]`, the head's first; `hops[m, n]` is the cost of a hop; each state comes
+    after those it comes from."""
     n_layers = len(tables[0]) - 1
     start = np.full(n_layers + 1, np.inf)
     start[0] = 0.0
@@ -101,15 +77,15 @@ def search(tables: Sequence[Array], hops: Array, ways: Orders) -> Route | None:
         values.append((best[:, None] + tables[state.device]).min(axis=0))
 
     # The head closes the ring; alone it has no hops.
-    last = arrivals(0, ways.ends)
-    if ways.ends[0] < 0:
-        last[0] = start
-    ends = last + tables[0][:, n_layers]
-    total = float(ends.min())
+    ends = range(-1, len(states))
+    last = arrivals(0, ends)
+    last[0] = start
+    sums = last + tables[0][:, n_layers]
+    total = float(sums.min())
     if not np.isfinite(total):
         return None
-    came, first = (int(i) for i in np.unravel_index(ends.argmin(), ends.shape))
-    stops, number = [Stop(0, first, n_layers)], ways.ends[came]
+    came, first = (int(i) for i in np.unravel_index(sums.argmin(), sums.shape))
+    stops, number = [Stop(0, first, n_layers)], ends[came]
     while number >= 0:
         state, end = states[number], stops[-1].first
         sums = arrivals(state.device, state.before) + tables[state.device][:, end]
@@ -120,13 +96,10 @@ def search(tables: Sequence[Array], hops: Array, ways: Orders) -> Route | None:
 
 
 def least(
-    find: Callable[[float], Route | None], limits: Array, value: Callable[[float, float], float], most: float = np.inf
+    find: Callable[[float], Route | None], limits: Array, value: Callable[[float, float], float]
 ) -> tuple[float, Route] | None:
-    """The limit and the route of the least `value(total, limit)` below `most`, which grows with both, where
-    `find(limit)` gives the route of least total within it; among equals that of the least total. `limits` are all that
-    can matter."""
-    limits = np.unique(limits[np.isfinite(limits)])
-    limits = limits[: bisect_left(limits, most, key=lambda limit: value(0.0, limit))]
+    """The limit and the route of the least `value(total, limit)`, which grows with both, where `find(limit)` gives the
+    route of least total within it; among equals that of the least total. `limits` are all that can matter, in order."""
     if not len(limits) or (route := find(float(limits[-1]))) is None:
         return None
     best = (value(route.total, float(limits[-1])), route.total, float(limits[-1]), route)

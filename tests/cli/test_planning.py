@@ -89,7 +89,7 @@ def test_what_samples_get_is_told_of_as_many_as_were_asked_for(run, tmp_path):
     model = write_model(tmp_path / "tiny.gguf", n_layers=6)
     command = ["cluster", "plan", model, "--devices", described(tmp_path, 8, 8, speed=1e6), "--in-flight", "2"]
     seconds = json.loads(run(*command, "--json")[0])["seconds"]
-    assert f"with 2 samples: {1 / seconds:.1f} tokens a second together" in run(*command)[0]
+    assert f"with 2 samples, 2 to a step: {1 / seconds:.1f} tokens a second together" in run(*command)[0]
 
 
 def test_layers_for_the_heads_gpu_are_counted_in_a_ring_too(tmp_path, monkeypatch):

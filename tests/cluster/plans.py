@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 from localreason.cluster.costs import Links, ModelCosts
 from localreason.cluster.device import Device
@@ -31,7 +32,8 @@ def costs(layers=(10,) * 4, types=None, cache=1, n_context=2, output=5, **others
 
 
 def random_case(seed, is_alike=False):
-    """A small model, one to three devices, links, and whether the disk is allowed."""
+    """A small model, one to three devices, links, and whether the disk is allowed. On every third machine steps of
+    some samples were timed, and need not grow evenly."""
     draw = random.Random(seed)
     n_layers = draw.randint(2, 5)
     layers = [draw.randint(5, 20)] * n_layers if is_alike else [draw.randint(5, 20) for _ in range(n_layers)]
@@ -48,6 +50,8 @@ def random_case(seed, is_alike=False):
         )
         for i in range(draw.randint(1, 3))
     ]
+    timed = {kind: tuple(n * draw.uniform(0.4, 1.2) for n in (2, 4, 8, 16)) for kind in ("Q4_K", "Q6_K")}
+    devices = [replace(one, row_costs=timed if seed % 3 == 0 else {}) for one in devices]
     names = [d.name for d in devices]
     pairs = {
         (a, b): (draw.uniform(0, 0.5), draw.uniform(2, 100))
@@ -69,6 +73,10 @@ def step(model, one, layers, n_gpu, is_output_there, is_head, is_disk, n_rounds,
         speed, prefill = one.weight_speed(kind), one.prefill_speed(kind)
         rows = n_rows * n_bytes / prefill
         seconds = min(n_rows * n_bytes / speed, n_bytes / speed + rows)
+        if kind in one.row_costs:
+            timed = [(1, 1.0), *zip((2, 4, 8, 16), one.row_costs[kind], strict=True)]
+            (n, cost), (m, more) = next(pair for pair in itertools.pairwise(timed) if n_rows <= pair[1][0])
+            seconds = (cost + (more - cost) * (n_rows - n) / (m - n)) * n_bytes / speed
         return seconds, max(n_bytes / speed, rows) * speed / one.gpu_speed if one.gpu_speed else math.inf
 
     layer_times = {i: times(model.layer_bytes[i], model.layer_type[i]) for i in layers}
@@ -93,12 +101,11 @@ def step(model, one, layers, n_gpu, is_output_there, is_head, is_disk, n_rounds,
 
 
 def everything(model, devices, links, is_disk, n_rounds=1, n_samples=None):
-    """(seconds of a token, seconds between tokens of all samples) of every ring that fits."""
+    """(seconds of a token, seconds between tokens of all samples) of every ring that fits, the samples spread over one
+    batch, two, four and so on."""
     head, *workers = devices
-    for n in range(len(workers) + 1):
-        n_rows = 1
-        if n_samples:  # two batches for each machine of a ring, one for a machine alone
-            n_rows = math.ceil(n_samples / (2 * (n + 1))) if n else n_samples
+    batches = (1, 2, 4, 8, 16)
+    for n, n_rows in itertools.product(range(len(workers) + 1), {math.ceil((n_samples or 1) / b) for b in batches}):
         row = 4 * model.n_embd
         for chosen in itertools.permutations(workers, n):
             ring = [*chosen, head]

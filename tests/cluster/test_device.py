@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from localreason.cluster import device as device_module
+from localreason.cluster import probe
 from localreason.cluster.device import Device, measure, nearest, profile
 from localreason.cluster.errors import ProtocolError
 from localreason.runtime.devices import GpuMemory
@@ -20,6 +21,7 @@ DEVICE = Device(
     weight_speeds={"Q4_K": 2e10, "F16": 3e10},
     prefill_speeds={"Q4_K": 5e10},
     memory_bandwidth=3e10,
+    row_costs={"Q4_K": (1.5, 2.0, 8.0, 9.0), "F16": (1.0, 1.0, 1.5, 2.0)},
     disk_sequential=1e9,
     disk_random=4e8,
     gpu_name="",
@@ -33,6 +35,12 @@ DEVICE = Device(
 
 def test_json_gives_the_same_device_back():
     assert Device.from_json(DEVICE.to_json()) == DEVICE
+    needed = ("name", "memory_bytes", "weight_speeds", "prefill_speeds", "memory_bandwidth")
+    described = {name: json.loads(DEVICE.to_json())[name] for name in needed}
+    assert Device.from_json(json.dumps(described)) == Device(**described)
+    for name in needed:
+        with pytest.raises(ProtocolError, match="missing"):
+            Device.from_json(json.dumps({key: value for key, value in described.items() if key != name}))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +69,12 @@ def test_json_gives_the_same_device_back():
         {"memory_bandwidth": 1e300},
         {"disk_random": "fast"},
         {"n_threads": 0},
+        {"row_costs": None},
+        {"row_costs": {"nonsense": [1, 2, 3, 4]}},
+        {"row_costs": {"Q4_K": 1.0}},
+        {"row_costs": {"Q4_K": [1, 2, 3]}},
+        {"row_costs": {"Q4_K": [1, 2, 3, "4"]}},
+        {"row_costs": {"Q4_K": [0, 2, 3, 4]}},
         {"notes": "text"},
         {"notes": [1]},
         {"notes": ["x"] * 65},
@@ -99,9 +113,18 @@ def test_a_type_that_was_not_measured_is_as_fast_as_the_nearest_one():
     assert nearest(speeds, "a type of the future") == 1.0
 
 
+def test_a_step_of_samples_costs_what_was_measured():
+    costs = [DEVICE.row_cost("Q4_K", n) for n in (1, 2, 3, 4, 6, 8, 16, 32)]
+    assert costs == [1, 1.5, 1.75, 2, 5, 8, 9, 18]
+    assert DEVICE.row_cost("BF16", 8) == 1.5, "as the type with the most bits alike"
+    described = replace(DEVICE, row_costs={})
+    assert [described.row_cost("Q4_K", n) for n in (1, 2, 4)] == pytest.approx([1, 1.8, 2.6])
+
+
 def test_measuring_gives_finite_speeds_and_leaves_no_files(tmp_path):
     found = measure(1, ["Q4_K", "Q8_0", "F16"], tmp_path, "box", **TINY)
-    assert set(found.weight_speeds) == set(found.prefill_speeds) == {"Q4_K", "Q8_0", "F16"}
+    assert set(found.weight_speeds) == set(found.prefill_speeds) == set(found.row_costs) == {"Q4_K", "Q8_0", "F16"}
+    assert all(cost >= 1 for costs in found.row_costs.values() for cost in costs)
     values = [*found.weight_speeds.values(), *found.prefill_speeds.values(), found.memory_bandwidth]
     assert all(math.isfinite(v) and v > 0 for v in [*values, found.disk_sequential, found.disk_random])
     assert found.memory_bytes > 0
@@ -124,7 +147,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
             measure(1, ["Q4_K"], folder, **TINY)
 
 
-def test_a_profile_is_kept_until_something_changes(tmp_path):
+def test_a_profile_is_kept_until_something_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "speeds", lambda *_, **__: probe.Speeds(1e9, 3e9, (1.0, 2.0, 3.0, 4.0)))
     folder = tmp_path / "new"
 
     def at(**changes):
