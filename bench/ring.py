@@ -82,10 +82,11 @@ class Home:
         port = int(re.search(r"\d+", process.stdout.readline())[0])
         self.nodes[name] = (process, Address(name, "127.0.0.1", port, node.certificate.decode()))
 
-    def ring(self, windows, n_sequences=4, addresses=None, place=None, **options):
-        """An engine over `windows`, [(name, layers), ...] with the head last."""
+    def ring(self, windows, n_sequences=4, addresses=None, place=None, n_spread=0, **options):
+        """An engine over `windows`, [(name, layers), ...] with the head last, its sequences over `n_spread` batches."""
         bounds = np.cumsum([0, *(n for _, n in windows)]).tolist()
-        placement = Placement(tuple(Assignment(name, *bounds[i : i + 2]) for i, (name, _) in enumerate(windows)))
+        places = tuple(Assignment(name, *bounds[i : i + 2]) for i, (name, _) in enumerate(windows))
+        placement = Placement(places, n_spread=n_spread)
         names = {name for name, _ in windows}
         addresses = addresses or [address for name, (_, address) in self.nodes.items() if name in names]
         store = Store(self.folder / "head-cache", 1 << 40, [self.model])
@@ -129,9 +130,9 @@ class Bench:
         """Tokens a second of a prompt."""
         return len(self.long) / run_batch(engine, self.tokenizer, self.long, 1, 1).first_seconds
 
-    def in_turns(self, openings, sequences):
-        """The speed of each ring with each number of sequences in flight, and to the first with one. A node serves one
-        ring at a time, so they are opened and closed in turns."""
+    def in_turns(self, openings, sequences, pairs=()):
+        """The speed of each ring with each number of sequences in flight, and the ratios of `pairs`, or of all to the
+        first with one. A node serves one ring at a time, so they are opened and closed in turns."""
 
         def speeds(opening):
             with opening() as ring:
@@ -144,7 +145,8 @@ class Bench:
             sequences,
         )
         names = list(turns.medians())
-        return {"tokens_per_second": turns.medians(), "ratios": turns.ratios([(name, names[0]) for name in names[1:]])}
+        ratios = turns.ratios(pairs or [(name, names[0]) for name in names[1:]])
+        return {"tokens_per_second": turns.medians(), "ratios": ratios}
 
     def decode(self, home):
         with (
@@ -224,6 +226,12 @@ class Bench:
 
         openings = {f"{k} rounds": lambda k=k: home.ring(list(windows(k)), n_threads=1) for k in (1, 2, 4)}
         return self.in_turns(openings, (1, 4))
+
+    def samples(self, home):
+        """Many samples, in as many batches as can be under way or in fewer, whose rows share the reading of weights."""
+        openings = {f"{n} batches": lambda n=n: home.ring(self.balanced(), 16, n_spread=n, n_threads=1) for n in (4, 2)}
+        numbers = (4, 8, 16)
+        return self.in_turns(openings, numbers, [(f"2 batches, {n}", f"4 batches, {n}") for n in numbers])
 
     def nodes(self, home):
         names = ["n0", "n1", "n2"]
@@ -327,7 +335,7 @@ def _independent(options, what, pipe):
 
 
 def main():
-    names = ("recovery", "decode", "awake", "prefill", "rounds", "nodes", "delay", "rows")
+    names = ("recovery", "decode", "awake", "prefill", "rounds", "samples", "nodes", "delay", "rows")
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--split", required=True, help="layers of the node and of the head, e.g. 16,12")
