@@ -52,7 +52,8 @@ def spread(found):
 def ring_rows(record):
     yield "| what, sequences in flight | ratio (quartiles) |"
     yield "| --- | --- |"
-    for part in [part for part in ("decode", "prefill", "awake", "rounds", "nodes", "delay") if part in record]:
+    parts = ("decode", "prefill", "awake", "rounds", "samples", "nodes", "delay")
+    for part in [part for part in parts if part in record]:
         for name, row in record[part]["ratios"].items():
             yield f"| {part}: {name} | {spread(row)} |"
     for name, row in record.get("rows", {}).items():
@@ -67,6 +68,26 @@ def ring_rows(record):
     yield f"kill -9 of a node in mid-answer: {lost['pause_seconds']:.2f} s without a token, else at most {usual:.2f},"
     yield f"same tokens: {same}. First start {start['first']:.1f} s, {sent['first']} bytes of weights sent; second"
     yield f"{start['second']:.1f} s, {sent['second']} bytes."
+
+
+def copies_rows(record):
+    yield "| model | GPUs | link, ms | samples | median | most | more than 1.05 times |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for r in record["rows"]:
+        share = f"{r['median']:.2f} | {r['most']:.2f} | {r['faster']:.0%}"
+        yield f"| {r['model']} | {'some' if r['gpus'] else 'none'} | {r['link_ms']} | {r['samples']} | {share} |"
+
+
+def gpu_rows(record):
+    bases = ("whole, on the CPU", "whole, on the GPU")
+    yield "| layers | tokens/s to the CPU's | " + " | ".join(f"to {b}: mean KL, same top, far" for b in bases) + " |"
+    yield "| --- | --- | --- | --- |"
+    for name, row in record.items():
+        if name.startswith(("whole", "windows")):
+            speed = row["tokens_per_second"] / record[bases[0]]["tokens_per_second"]
+            found = [row.get(f"to {base}") for base in bases]
+            far = [f"{f['mean_kl']:.2g}, {f['same_top']:.3f}, {f['far']:.1g}" if f else "" for f in found]
+            yield f"| {name} | {speed:.3f} | {far[0]} | {far[1]} |"
 
 
 def quant_rows(record):
@@ -173,6 +194,13 @@ def main():
         if name.startswith("ring-"):
             lines += [f"## The ring: {record['model']}, {record['split']} layers", ""]
             lines += [f"`{record['command']}`", "", *ring_rows(record), ""]
+    for name, record in records.items():
+        if name == "copies":
+            lines += ["## Whole copies on several machines: how many times as fast as the ring, as planned", ""]
+            lines += [f"`{record['command']}`", "", *copies_rows(record), ""]
+        if name.startswith("gpu-"):
+            lines += [f"## On a GPU: {record['model']}, {record['gpu']}", ""]
+            lines += [f"`{record['command']}`", "", *gpu_rows(record), ""]
     for name, record in records.items():
         if name.startswith("quant-"):
             lines += quant_lines(record)
