@@ -165,7 +165,8 @@ def table(question: Question, found: Plan) -> list[str]:
         lines.append(f"with the ring kept full by several samples: {1 / full:.1f} tokens a second together")
     if replicas is not None:
         names = ", ".join(replicas.devices)
-        lines.append(f"whole copies on {names} instead: {1 / replicas.throughput_seconds:.1f} tokens a second together")
+        speed = 1 / replicas.throughput_seconds
+        lines.append(f"whole copies on {names} instead, each run by itself: {speed:.1f} tokens a second together")
     lines.append(f"a prompt of {N_PROMPT} tokens: {found.prefill_seconds(N_PROMPT):.1f} s")
     if question.cache_type != "f16":
         lines.append(f"the cache is of {question.cache_type}")
