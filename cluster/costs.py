@@ -26,6 +26,8 @@ from .device import Device
 Array = NDArray[np.float64]
 N_UNDER_WAY = 2
 """Batches under way for each machine of a ring: one is computed, one travels."""
+N_BATCHES = (1, 2, 4, 8, 16, 32)
+"""Over how many batches samples may be spread; a node lets twice as many wait as the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +144,8 @@ class Step:
 
 
 def row_choices(n_samples: int) -> list[int]:
-    """Rows of a step where samples are spread over one batch, two, four and so on up to one each; most rows first."""
-    return sorted({-(-n_samples // 2**i) for i in range(n_samples.bit_length() + 1)}, reverse=True)
+    """Rows of a step where samples are spread over one batch, two, four and so on; most rows first."""
+    return sorted({-(-n_samples // n) for n in N_BATCHES}, reverse=True)
 
 
 def rates(costs: ModelCosts, device: Device, step: Step) -> Rates:

@@ -123,14 +123,16 @@ class RingEngine:
     @property
     def n_in_flight(self) -> int:
         """Batches under way that keep every node busy."""
-        windows = self._formation.placement.windows if self._formation else ()
-        return max(1, N_UNDER_WAY * len({window.member for window in windows}))
+        if self._formation is None:
+            return 1
+        placement = self._formation.placement
+        return max(N_UNDER_WAY * len({window.member for window in placement.windows}), placement.n_spread)
 
     @property
     def n_spread(self) -> int:
         """Batches of decoding sequences, as the ring was planned for."""
         planned = self._formation.placement.n_spread if self._formation else 0
-        return min(planned or self.n_in_flight, self.n_in_flight)
+        return planned or self.n_in_flight
 
     @property
     def busy_seconds(self) -> dict[str, float]:

@@ -166,9 +166,11 @@ def test_the_decode_loop_gives_the_same_tokens_with_samples_in_flight(model, hea
             assert ring.n_in_flight > 4
             assert tokens_of(ring, tokenizer) == alone
             assert tokens_of(ring, tokenizer) == alone, "a ring serves many runs"
-        with ring_of(model, head, nodes, folder, lambda names: replace(evenly(names), n_spread=2)) as ring:
-            assert (ring.n_spread, ring.n_in_flight) == (2, 6), "as planned"
-            assert tokens_of(ring, tokenizer) == alone
+        for n_spread, n_in_flight in ((2, 6), (9, 9)):
+            place = lambda names, n=n_spread: replace(evenly(names), n_spread=n)  # noqa: E731
+            with ring_of(model, head, nodes, folder, place) as ring:
+                assert (ring.n_spread, ring.n_in_flight) == (n_spread, n_in_flight), "as planned"
+                assert tokens_of(ring, tokenizer) == alone
 
 
 @pytest.mark.parametrize("harm", ["kill", "freeze"])
