@@ -169,18 +169,22 @@ def forget_messages() -> None:
 
 
 def cause() -> str:
-    """What llama.cpp logged first about the latest failure, without the name of its function."""
-    for line in _messages:
-        if not line.startswith("warning"):
-            function, _, rest = line.partition(": ")
-            return (rest if function.isidentifier() else line).removeprefix("error loading model: ")
+    """What llama.cpp logged first about the latest failure, of memory where that is short, without the name of its
+    function."""
+    lines = [line for line in _messages if not line.startswith("warning")]
+    for line in sorted(lines, key=_is_of_memory, reverse=True):
+        function, _, rest = line.partition(": ")
+        return (rest if function.isidentifier() else line).removeprefix("error loading model: ")
     return "llama.cpp gave no reason"
 
 
 def is_out_of_memory() -> bool:
     """True if the latest failure was logged as one of allocation."""
-    text = "\n".join(_messages).lower()
-    return any(words in text for words in ("allocat", "out of memory", "bad_alloc"))
+    return any(map(_is_of_memory, _messages))
+
+
+def _is_of_memory(line: str) -> bool:
+    return any(words in line.lower() for words in ("allocat", "out of memory", "bad_alloc"))
 
 
 class Model:

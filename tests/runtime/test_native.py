@@ -310,3 +310,10 @@ def test_without_layers_on_it_a_gpu_is_not_even_opened(n_gpu_layers, is_kept_awa
     assert bool(devices) == is_kept_away
     if devices:
         assert ctypes.cast(devices, ctypes.POINTER(ctypes.c_void_p))[0] is None, "a list of none"
+
+
+def test_what_went_short_is_quoted_and_not_what_was_logged_before_it(monkeypatch):
+    lines = ["init: a fan is loud", "warning: cannot allocate twice", "alloc_buffer: failed to allocate 7 bytes"]
+    for found, quoted in ((lines, "failed to allocate 7 bytes"), (lines[:1], "a fan is loud")):
+        monkeypatch.setattr(native, "_messages", found)
+        assert native.cause() == quoted
