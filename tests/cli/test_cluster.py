@@ -10,8 +10,6 @@ import time
 from dataclasses import replace
 from subprocess import PIPE
 
-import pytest
-
 from localreason.cli.config import load
 from localreason.cli.doctor import clock_row, look_at_nodes
 from localreason.cli.ring import find_nodes, measure_machines
@@ -124,22 +122,21 @@ def test_a_pipe_that_stays_open_does_not_kill_the_command_at_its_end(run, tmp_pa
     assert "was not paired" in process.communicate()[1]
 
 
-@pytest.mark.parametrize(
-    ("windows", "match"),
-    [
-        ("attic", "is not NAME=LAYERS"),
-        ("attic=3,head=²", "is not NAME=LAYERS"),
-        ("attic=1,head=1", "have 2 layers"),
-        ("head=2,attic=2", "ends with attic|end with"),
-        ("cellar=3,head=1", "no node is named cellar, which the windows 'cellar=3,head=1' name; there are attic, head"),
-    ],
-)
-def test_windows_that_do_not_add_up_are_refused(run, tmp_path, windows, match):
+def test_windows_that_do_not_add_up_are_refused(run, tmp_path):
     model = write_model(tmp_path / "tiny.gguf", n_layers=4)
     with NodeProcess(tmp_path, "attic", Head(tmp_path)) as node:
-        here = f"127.0.0.1:{node.port}"
-        _, said = run("solve", "x", "--model", model, "--cluster", "--peer", here, "--windows", windows, code=1)
-    assert any(part in said for part in match.split("|"))
+        for windows, expected in (
+            ("attic", "is not NAME=LAYERS"),
+            ("attic=3,head=²", "is not NAME=LAYERS"),
+            ("attic=1,head=1", "have 2 layers"),
+            ("head=2,attic=2", "end with"),
+            (
+                "cellar=3,head=1",
+                "no node is named cellar, which the windows 'cellar=3,head=1' name; there are attic, head",
+            ),
+        ):
+            flags = ("--cluster", "--peer", f"127.0.0.1:{node.port}", "--windows", windows)
+            assert expected in run("solve", "x", "--model", model, *flags, code=1)[1], windows
 
 
 def test_a_node_that_trusts_this_machine_no_more_says_so(run, tmp_path):
@@ -227,10 +224,10 @@ def test_a_silent_machine_is_not_asked_once_for_each_pairing_nor_called_distrust
     assert time.monotonic() - started < 12
 
 
-@pytest.mark.parametrize("flag", [["--peer", "x"], ["--windows", "a=1,head=1"], ["--rounds", "2"], ["--disk"]])
-def test_what_is_for_a_ring_only_is_refused_without_one(run, flag):
-    _, said = run("solve", "x", *flag, code=2)
-    assert f"{flag[0]}: is only for sharing the model with other machines; give --cluster too" in said
+def test_what_is_for_a_ring_only_is_refused_without_one(run):
+    for flag in (["--peer", "x"], ["--windows", "a=1,head=1"], ["--rounds", "2"], ["--disk"]):
+        _, said = run("solve", "x", *flag, code=2)
+        assert f"{flag[0]}: is only for sharing the model with other machines; give --cluster too" in said
     run("cluster", "list", "--peer", "127.0.0.1:1")
 
 
