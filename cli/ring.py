@@ -45,7 +45,7 @@ def make_home(config: Config) -> Home:
 
 def find_nodes(home: Home, config: Config, types: list[str], free_seconds: float = _FREE_SECONDS) -> list[Seen]:
     """The nodes that are there; told is why some cannot be used, after busy ones had some seconds to become free."""
-    seen = asyncio.run(home.survey(LOOK_SECONDS, config.settings.peers, types, tell))
+    seen = asyncio.run(home.survey(LOOK_SECONDS, config.settings.peers, types, tell, is_brief=True))
     busy = [f"{one.name} {one.problem}" for one in seen if one.is_busy]
     if busy:
         tell(f"{', '.join(busy)}; asking again for {free_seconds:.0f} s")

@@ -9,7 +9,7 @@ import ipaddress
 import re
 import shlex
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,8 +171,9 @@ async def watch(is_loopback: bool = False) -> AsyncGenerator[Found | Lost, None]
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def browse(seconds: float, is_loopback: bool = False) -> list[Found]:
-    """The nodes that are there after so long a look, by name. Raises ClusterError."""
+async def browse(seconds: float, is_loopback: bool = False, wanted: Collection[str] = ()) -> list[Found]:
+    """The nodes that are there after so long a look, by name; it ends before where all `wanted`, ids, are. Raises
+    ClusterError."""
     found: dict[str, Found] = {}
     with contextlib.suppress(TimeoutError):
         async with contextlib.aclosing(watch(is_loopback)) as events, asyncio.timeout(seconds):
@@ -181,6 +182,8 @@ async def browse(seconds: float, is_loopback: bool = False) -> list[Found]:
                     found[event.id] = event
                 else:
                     found.pop(event.id, None)
+                if wanted and found.keys() >= set(wanted):
+                    break
     return sorted(found.values(), key=lambda node: (node.name, node.id))
 
 

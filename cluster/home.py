@@ -87,32 +87,44 @@ class Home:
         named: Sequence[str] = (),
         types: Sequence[str] = (),
         tell: Callable[[str], None] = lambda text: None,
+        is_brief: bool = False,
     ) -> list[Seen]:
         """Nodes that announce themselves within `seconds` and those that are named as host:port, each asked who it is.
 
         `types` of weights ask for a profile too, which takes seconds the first time. `tell` is given why nobody was
-        looked for, where nobody is named. Raises InputError for a name that is no address.
+        looked for, where nobody is named. A brief survey looks no longer than until all paired machines were met.
+        Raises InputError for a name that is no address.
         """
+        paired = {peer.id for peer in self.peers.list()}
         targets = [parse_peer(text) for text in named]
-        found: list[Found] = []
+        asking = [asyncio.create_task(self._ask_named(host, port, list(types))) for host, port in targets]
+        looking = asyncio.create_task(self._look(seconds, paired if is_brief else (), None if named else tell))
         try:
-            found = [] if self.is_plain or not seconds else await browse(seconds)
-        except ClusterError as error:  # those that are named may be reached all the same
-            if not named:
-                tell(str(error))
-        found = [other for other in found if other.id != self.identity.id]
-        asked = [self._ask_found(other, list(types)) for other in found]
-        asked += [self._ask_named(host, port, list(types)) for host, port in targets]
-        seen = await asyncio.gather(*asked)
+            met = {one.id for one in await asyncio.gather(*asking) if not one.problem} if is_brief else set()
+            found = [] if paired and paired <= met else await looking
+            seen = await asyncio.gather(*(self._ask_found(other, list(types)) for other in found), *asking)
+        finally:
+            for task in (looking, *asking):
+                task.cancel()
+            await asyncio.gather(looking, *asking, return_exceptions=True)
         first: dict[str, Seen] = {}
         for one in seen:  # one that was both found and named, the usable of the two
             if one.id not in first or first[one.id].problem:
                 first[one.id] = one
-        paired = {peer.id for peer in self.peers.list()}
         # A stranger that gives itself the name of a paired machine takes none away.
         ours = _told_apart([one for one in first.values() if one.id in paired])
         others = _told_apart([one for one in first.values() if one.id not in paired], {one.name for one in ours})
         return sorted([*ours, *others], key=lambda one: one.name)
+
+    async def _look(self, seconds: float, wanted: Collection[str], tell: Callable[[str], None] | None) -> list[Found]:
+        """What announces itself; where nothing can be heard, those that are named may be reached all the same."""
+        try:
+            found = [] if self.is_plain or not seconds else await browse(seconds, wanted=wanted)
+        except ClusterError as error:
+            if tell is not None:
+                tell(str(error))
+            return []
+        return [other for other in found if other.id != self.identity.id]
 
     async def await_free(self, seen: Sequence[Seen], seconds: float, types: Sequence[str] = ()) -> list[Seen]:
         """The nodes of a survey, those that are busy asked again until they are free, for `seconds` at most."""

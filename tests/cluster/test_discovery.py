@@ -47,6 +47,8 @@ def test_nodes_are_found_and_lost():
                 assert addresses[0] == "127.0.0.1"
                 assert await anext(events) == Found("büro", ID, tuple(addresses), 7411, 3)
                 assert await browse(0.3, is_loopback=True) == [Found("büro", ID, tuple(addresses), 7411, 3)]
+                [found] = await browse(600, is_loopback=True, wanted=[ID])
+                assert found.id == ID
             assert await anext(events) == Lost(ID)
 
     asyncio.run(run())
@@ -342,7 +344,7 @@ def test_an_unpaired_machine_of_the_same_name_leaves_the_paired_one_its_own(tmp_
     home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
     peer = home.peers.add(Identity.load(tmp_path / "attic", "attic").certificate)
 
-    async def there(seconds):
+    async def there(seconds, wanted):
         return [Found("attic", id, ("127.0.0.1",), 7411, 1) for id in (peer.id[:4] + "0" * 12, peer.id)]
 
     async def ask(self, address, id, types):
@@ -378,7 +380,7 @@ def test_the_doctor_announces_itself_beside_a_node_of_this_machine(tmp_path, mon
         said.append(announcement)
         yield
 
-    async def there(seconds):
+    async def there(seconds, wanted=()):
         return [Found(one.name, one.id, ("127.0.0.1",), one.port, 1) for one in said]
 
     monkeypatch.setattr(discovery, "announce", announce)
@@ -409,12 +411,48 @@ def test_what_other_machines_say_does_not_steer_the_terminal(tmp_path, monkeypat
     asyncio.run(run())
 
 
+def test_a_brief_survey_looks_until_all_paired_machines_were_met(tmp_path, monkeypatch):
+    home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
+    attic, desk = (home.peers.add(Identity.load(tmp_path / name, name).certificate) for name in ("attic", "desk"))
+    looks = []
+
+    async def browse(seconds, wanted):
+        looks.append(set(wanted))
+        if not met:
+            await asyncio.Event().wait()
+        return [Found("attic", attic.id, ("127.0.0.1",), 7411, 1)]
+
+    async def ask_named(self, host, port, types):
+        return Seen(host, {"attic": attic.id, "desk": desk.id}[host], None, "" if host != "ill" else "is ill")
+
+    async def ask_found(self, found, types):
+        return Seen(found.name, found.id, None)
+
+    monkeypatch.setattr("localreason.cluster.home.browse", browse)
+    monkeypatch.setattr(Home, "_ask_named", ask_named)
+    monkeypatch.setattr(Home, "_ask_found", ask_found)
+    both = ["attic:7411", "desk:7411"]
+
+    def survey(named, is_brief, seconds=5.0):
+        seen = asyncio.run(asyncio.wait_for(home.survey(600, named, is_brief=is_brief), seconds))
+        return [one.name for one in seen]
+
+    met = []
+    assert survey(both, True) == ["attic", "desk"], "all that are paired are named and there"
+    with pytest.raises(TimeoutError):
+        survey(both[1:], True, 0.2)
+    met.append(attic)
+    assert survey(both[1:], True) == ["attic", "desk"]
+    assert survey([], False) == ["attic"]
+    assert looks == [{attic.id, desk.id}] * 3 + [set()]
+
+
 def test_addresses_that_swallow_what_is_sent_do_not_hold_up_the_one_that_answers(tmp_path, monkeypatch):
     home = Home(tmp_path / "identity", tmp_path / "cache", name="laptop")
     peer = home.peers.add(Identity.load(tmp_path / "attic", "attic").certificate)
     asked, given_up = [], []
 
-    async def there(seconds):
+    async def there(seconds, wanted):
         return [Found("attic", peer.id, tuple(f"10.0.0.{i}" for i in range(1, 5)), 7411, 1)]
 
     async def ask(self, address, id, types):
