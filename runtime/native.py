@@ -172,10 +172,9 @@ def cause() -> str:
     """What llama.cpp logged first about the latest failure, of memory where that is short, without the name of its
     function."""
     lines = [line for line in _messages if not line.startswith("warning")]
-    for line in sorted(lines, key=_is_of_memory, reverse=True):
-        function, _, rest = line.partition(": ")
-        return (rest if function.isidentifier() else line).removeprefix("error loading model: ")
-    return "llama.cpp gave no reason"
+    line = max(lines, key=_is_of_memory, default="llama.cpp gave no reason")
+    function, _, rest = line.partition(": ")
+    return (rest if function.isidentifier() else line).removeprefix("error loading model: ")
 
 
 def is_out_of_memory() -> bool:

@@ -423,7 +423,7 @@ def test_a_brief_survey_looks_until_all_paired_machines_were_met(tmp_path, monke
         return [Found("attic", attic.id, ("127.0.0.1",), 7411, 1)]
 
     async def ask_named(self, host, port, types):
-        return Seen(host, {"attic": attic.id, "desk": desk.id}[host], None, "" if host != "ill" else "is ill")
+        return Seen(host, {"attic": attic.id, "desk": desk.id}[host], None, "is ill" if host in ill else "")
 
     async def ask_found(self, found, types):
         return Seen(found.name, found.id, None)
@@ -437,14 +437,17 @@ def test_a_brief_survey_looks_until_all_paired_machines_were_met(tmp_path, monke
         seen = asyncio.run(asyncio.wait_for(home.survey(600, named, is_brief=is_brief), seconds))
         return [one.name for one in seen]
 
-    met = []
+    met, ill = [], []
     assert survey(both, True) == ["attic", "desk"], "all that are paired are named and there"
     with pytest.raises(TimeoutError):
         survey(both[1:], True, 0.2)
+    ill.append("desk")
+    with pytest.raises(TimeoutError):
+        survey(both, True, 0.2)
     met.append(attic)
     assert survey(both[1:], True) == ["attic", "desk"]
     assert survey([], False) == ["attic"]
-    assert looks == [{attic.id, desk.id}] * 3 + [set()]
+    assert looks == [{attic.id, desk.id}] * 4 + [set()]
 
 
 def test_addresses_that_swallow_what_is_sent_do_not_hold_up_the_one_that_answers(tmp_path, monkeypatch):
