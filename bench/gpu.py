@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from record import describe_run
+from ring import N_CONTEXT, TEXT
+from ring_tools import compare
 
 from localreason.cluster.window import LayerWindow, WindowOptions
 from localreason.quant.gguf import ModelFile, padded
@@ -25,11 +27,7 @@ from localreason.runtime.devices import gpu_memory
 from localreason.runtime.engine import Span
 from localreason.runtime.llama import EngineOptions, load, load_tokenizer, physical_cores
 
-TEXT = (
-    "A baker makes 12 trays of 18 rolls each morning. She sells three quarters of them by noon at 40 cents each and "
-    "the rest in the afternoon at half the price. Work out step by step how much money she takes in on one day. "
-)
-N_CONTEXT, N_BATCH, ALL = 2048, 64, 999
+N_BATCH, ALL = 64, 999
 
 
 class Bench:
@@ -75,22 +73,6 @@ class Bench:
                 rows, speeds = self.run(lambda span, given, window=window: window.run([span], given), rows)
                 seconds += 1 / np.array(speeds)
         return rows, tuple(1 / seconds)
-
-
-def log_softmax(x):
-    x = x.astype(np.float64) - x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-
-
-def compare(rows, base):
-    one, other = log_softmax(base), log_softmax(rows)
-    divergence = (np.exp(one) * (one - other)).sum(axis=1)
-    return {
-        "mean_kl": float(divergence.mean()),
-        "most_kl": float(divergence.max()),
-        "same_top": float((rows.argmax(1) == base.argmax(1)).mean()),
-        "far": float(np.abs(rows - base).max() / np.abs(base).max()),
-    }
 
 
 def main():

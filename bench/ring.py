@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from record import describe_run
-from ring_tools import awake_cores, hold_back
+from ring_tools import awake_cores, compare, hold_back
 from turns import Turns
 
 from localreason.cli.benchmark.loops import Endless, run_batch
@@ -301,28 +301,15 @@ class Bench:
     def rows(self, home):
         """What smaller activations change: divergence of the next-token distribution over a text, in nats."""
 
-        def distributions(row_type):
+        def logits(row_type):
             with home.ring(self.balanced(), 1, n_threads=1, row_type=row_type) as ring:
                 rows = []
                 for start in range(0, 256, 64):
                     rows.append(np.array(ring.decode([Span(0, start, self.long[start : start + 64], 64)])))
-                return np.concatenate(rows).astype(np.float64)
+                return np.concatenate(rows)
 
-        def log_softmax(x):
-            x = x - x.max(axis=1, keepdims=True)
-            return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-
-        exact = log_softmax(distributions("f32"))
-        found = {}
-        for row_type in ("f16", "i8"):
-            other = log_softmax(distributions(row_type))
-            divergence = (np.exp(exact) * (exact - other)).sum(axis=1)
-            found[row_type] = {
-                "mean_kl": float(divergence.mean()),
-                "most_kl": float(divergence.max()),
-                "same_top": float((exact.argmax(1) == other.argmax(1)).mean()),
-            }
-        return found
+        exact = logits("f32")
+        return {row_type: compare(logits(row_type), exact) for row_type in ("f16", "i8")}
 
 
 def _independent(options, what, pipe):

@@ -1,4 +1,4 @@
-"""What runs beside the ring while it is measured."""
+"""What runs beside the ring while it is measured, and how its logits are compared."""
 
 import asyncio
 import contextlib
@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -60,3 +62,20 @@ def hold_back(port, delay, ready):
         await server.serve_forever()
 
     asyncio.run(main())
+
+
+def _log_softmax(x):
+    x = x.astype(np.float64) - x.max(axis=1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+
+def compare(rows, base):
+    """Of two sets of logits: divergences in nats, and the largest difference over the largest logit."""
+    one, other = _log_softmax(base), _log_softmax(rows)
+    divergence = (np.exp(one) * (one - other)).sum(axis=1)
+    return {
+        "mean_kl": float(divergence.mean()),
+        "most_kl": float(divergence.max()),
+        "same_top": float((rows.argmax(1) == base.argmax(1)).mean()),
+        "far": float(np.abs(rows - base).max() / np.abs(base).max()),
+    }
