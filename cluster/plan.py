@@ -3,17 +3,18 @@
 For a fixed number of rounds the cost of a ring is a sum over its devices (`costs.py`) plus its hops, so a dynamic
 programme (`route.py`) finds the best windows, the best selection of devices and, for up to seven workers, the best
 order. One round is exact for layers of any sizes; several rounds share out layers of the mean size, and what is
-predicted of the result is again of the true sizes. Without disk several rounds can only add hops, and a full
-ring has no idle time to read in, so they are tried for latency where the disk is allowed (or where they are all that
-is given), and taken only where reading ahead pays; a device of the ring then has a window in each.
+predicted of the result is again of the true sizes. Without disk several rounds can only add hops to a token, and a full
+ring has no idle time to read in, so for tokens they are tried where the disk is allowed and one sequence is alone (or
+where they are all that is given), and taken only where reading ahead pays. A prompt gains by them, for the machines
+wait less for its first piece and after its last. A device of the ring has a window in each round.
 
 The objectives, lower is better:
 - latency: seconds of a token of one sequence, busy + reload + hops;
 - throughput: seconds between tokens of a ring kept full, max over devices of busy + reload and over links of
   transfer; then latency. Where `n_in_flight` samples are given, they are spread over batches that follow each other:
   each number of rows that a batch may have is searched, by the longer of the sum and that maximum times the batches;
-- prefill: seconds of a prompt of `N_PROMPT` tokens in batches of `n_batch` that follow each other, their sum for the
-  first and the maximum for each further one.
+- prefill: seconds of a prompt of `N_PROMPT` tokens in batches of `n_batch` that follow each other
+  (`costs.prompt_seconds`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .costs import Array, Links, ModelCosts, Step, exact, has_gpu, least_seconds, row_choices, uniform
+from .costs import Array, Links, ModelCosts, Step, exact, has_gpu, least_seconds, prompt_seconds, row_choices, uniform
 from .device import Device
 from .errors import PlanImpossible
 from .forecast import Share, Window, forecast
@@ -32,8 +33,9 @@ Objective = Literal["latency", "throughput", "prefill"]
 ROUNDS = (1, 2, 4, 8)
 N_PROMPT = 512
 """Tokens of a prompt by which plans for prompts are compared."""
-_GAIN = 1 - 1e-9
-"""More rounds must be better than fewer by more than rounding."""
+_GAIN, _PROMPT_GAIN = 1 - 1e-9, 0.97
+"""More rounds must be better than fewer by more than rounding, and for a prompt, with each doubling, by what makes up
+for the slower tokens behind it."""
 
 __all__ = ["ROUNDS", "Links", "ModelCosts", "Objective", "Plan", "Share", "Window", "plan"]
 
@@ -71,10 +73,9 @@ class Plan:
             return 0.0
         n_batches = -(-n_tokens // self.n_batch)
         size = n_tokens / n_batches / self.n_batch
-        stages = [share.prefill_seconds for share in self.per_device]
-        links = [share.prefill_link_seconds for share in self.per_device]
-        slowest = max(*stages, *(share.prefill_transfer_seconds for share in self.per_device))
-        return size * (sum(stages) + sum(links) + (n_batches - 1) * slowest)
+        total = sum(share.prefill_seconds + share.prefill_link_seconds for share in self.per_device)
+        slowest = max(max(share.prefill_seconds, share.prefill_transfer_seconds) for share in self.per_device)
+        return float(size * prompt_seconds(total, slowest, n_batches, self.n_rounds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class _Task:
     n_in_flight: int | None
     is_disk_allowed: bool
     n_batch: int
+    n_rounds: int = 1
     n_rows: int = 1
     most: float = np.inf
     """Value below which a ring is worth finding."""
@@ -102,15 +104,15 @@ class _Task:
         if self.objective == "latency":
             return np.maximum(total, limit)
         if self.objective == "prefill":
-            return total + (-(-N_PROMPT // self.n_batch) - 1) * limit
+            return prompt_seconds(total, limit, -(-N_PROMPT // self.n_batch), self.n_rounds)
         n = self.n_in_flight
         return np.maximum(-(-n // self.n_rows) * limit, total) / n if n else limit
 
-    def parts(self) -> "Iterator[_Task]":
+    def parts(self, n_rounds: int) -> "Iterator[_Task]":
         """The task by the rows of a step."""
         n = self.n_in_flight if self.objective == "throughput" else None
         for n_rows in row_choices(n or 1):
-            part = replace(self, n_rows=n_rows)
+            part = replace(self, n_rounds=n_rounds, n_rows=n_rows)
             least = least_seconds(self.costs, self.devices, self.is_disk_allowed, part.step)
             yield replace(part, least=least)
 
@@ -118,8 +120,8 @@ class _Task:
         """A value that no ring of the task's rows is below."""
         return self.value(*self.least)
 
-    def hops(self, n_rounds: int) -> tuple[Array, Array]:
-        """Seconds, and seconds of a link's use, between all devices."""
+    def hops(self) -> tuple[Array, Array]:
+        """Seconds, and seconds of a link's use, between all devices in all rounds."""
         costs, n = self.costs, len(self.devices)
         n_bytes = costs.n_embd * costs.value_bytes * self.step.n_tokens
         seconds, uses = np.zeros((n, n)), np.zeros((n, n))
@@ -127,7 +129,7 @@ class _Task:
             for j, other in enumerate(self.devices):
                 seconds[i, j] = self.links.seconds(one.name, other.name, n_bytes)
                 uses[i, j] = self.links.transfer_seconds(one.name, other.name, n_bytes)
-        return n_rounds * seconds, n_rounds * uses
+        return self.n_rounds * seconds, self.n_rounds * uses
 
 
 def plan(
@@ -149,15 +151,20 @@ def plan(
     assert len({device.name for device in devices}) == len(devices), "names tell devices apart"
     links = links or Links()
     task = _ordered(_Task(costs, tuple(devices), links, objective, n_in_flight, is_disk_allowed, n_batch))
+    is_prompt = objective == "prefill"
     best: Plan | None = None
     for n_rounds in [rounds] if isinstance(rounds, int) else rounds:
-        if best is not None and n_rounds > 1 and not (is_disk_allowed and objective == "latency"):
+        if best is not None and n_rounds > 1 and not is_prompt and not (is_disk_allowed and objective == "latency"):
             continue
-        for part in sorted(task.parts(), key=_Task.floor):
-            most = np.inf if best is None else _value(task, best) * _GAIN
+        for part in sorted(task.parts(n_rounds), key=_Task.floor):
+            most = np.inf
+            if best is not None:
+                gain = _PROMPT_GAIN ** np.log2(n_rounds / best.n_rounds) if is_prompt else _GAIN
+                most = float(_value(task, best) * gain)
             if part.floor() >= most:
                 break
-            found = _one_round(replace(part, most=most)) if n_rounds == 1 else _several_rounds(part, n_rounds)
+            part = replace(part, most=most)
+            found = _one_round(part) if n_rounds == 1 else _several_rounds(part)
             if found is not None and _value(task, found) < most:
                 best = found
     if best is None:
@@ -177,7 +184,7 @@ def _ordered(task: _Task) -> _Task:
     """Many workers behind links that differ are brought into a short order."""
     if len(task.devices) - 1 <= N_ANY_ORDER or _is_one_link(task):
         return task
-    order = nearest_order(task.hops(1)[0])
+    order = nearest_order(task.hops()[0])
     return replace(task, devices=(task.devices[0], *(task.devices[m] for m in order)))
 
 
@@ -187,11 +194,11 @@ def _is_one_link(task: _Task) -> bool:
 
 
 def _find(
-    task: _Task, tables: Callable[[float], list[Array]], bounds: list[Array], n_rounds: int, is_alike: bool
+    task: _Task, tables: Callable[[float], list[Array]], bounds: list[Array], is_alike: bool
 ) -> tuple[float, Route] | None:
     """The best route and the limit that it keeps to; `tables` gives costs over (first, end) of all whose bound is
     within a limit."""
-    seconds, uses = task.hops(n_rounds)
+    seconds, uses = task.hops()
     n_workers = len(task.devices) - 1
     is_any_order = n_workers <= N_ANY_ORDER and not (is_alike and _is_one_link(task))
     ways = orders(n_workers, is_any_order)
@@ -199,7 +206,7 @@ def _find(
     def find(limit: float) -> Route | None:
         return search(tables(limit), np.where(uses <= limit, seconds, np.inf), ways)
 
-    if task.objective == "latency" and n_rounds == 1:  # the sum is never below its parts
+    if task.objective == "latency" and task.n_rounds == 1:  # the sum is never below its parts
         route = find(np.inf)
         return (np.inf, route) if route else None
     limits = np.concatenate([uses.ravel(), *(bound.ravel() for bound in bounds)])
@@ -216,21 +223,21 @@ def _one_round(task: _Task) -> Plan | None:
         no_layer[first, end] = np.inf
     bests = [table.best + no_layer for table in tables]
     is_alike = len(set(zip(costs.layer_bytes, costs.layer_type, strict=True))) == 1 and not costs.barred
-    found = _find(task, lambda limit: [np.where(best <= limit, best, np.inf) for best in bests], bests, 1, is_alike)
+    found = _find(task, lambda limit: [np.where(best <= limit, best, np.inf) for best in bests], bests, is_alike)
     if found is None:
         return None
     windows, is_output_there = [], False
     for stop in found[1].stops:
         n_gpu, is_output_there = tables[stop.device].split(stop.first, stop.end)
         windows.append(Window(task.devices[stop.device].name, stop.first, stop.end, n_gpu))
-    return _predict(task, windows, 1, is_output_there)
+    return _predict(task, windows, is_output_there)
 
 
-def _several_rounds(task: _Task, n_rounds: int) -> Plan | None:
-    if task.costs.n_layers < n_rounds:
+def _several_rounds(task: _Task) -> Plan | None:
+    if task.costs.n_layers < task.n_rounds:
         return None
-    found = _evenly(task, n_rounds, 1)
-    return _evenly(task, n_rounds, _grid(task.costs)) if found is None and task.costs.barred else found
+    found = _evenly(task, 1)
+    return _evenly(task, _grid(task.costs)) if found is None and task.costs.barred else found
 
 
 def _grid(costs: ModelCosts) -> int:
@@ -244,37 +251,36 @@ def _grid(costs: ModelCosts) -> int:
     return next(filter(is_cut, range(2, n)), n)
 
 
-def _evenly(task: _Task, n_rounds: int, grid: int) -> Plan | None:
+def _evenly(task: _Task, grid: int) -> Plan | None:
     """The best plan of as many layers of a device in each round as can be, in multiples of `grid`."""
     tables = [
-        uniform(task.costs, d, i == 0, task.is_disk_allowed, n_rounds, task.step, grid)
+        uniform(task.costs, d, i == 0, task.is_disk_allowed, task.n_rounds, task.step, grid)
         for i, d in enumerate(task.devices)
     ]
     found = _find(
         task,
         lambda limit: [shifted(table.best(limit)[0]) for table in tables],
         [table.bound for table in tables],
-        n_rounds,
         is_alike=True,
     )
     if found is None:
         return None
     limit, route = found
     if len(route.stops) == 1:  # between two windows of the head alone there is nothing
-        return _one_round(replace(task, devices=task.devices[:1]))
+        return _one_round(replace(task, devices=task.devices[:1], n_rounds=1))
     parts = []
     for stop in route.stops:
         count, table = stop.end - stop.first, tables[stop.device]
         parts.append((stop.device, count, *table.choices[int(table.best(limit)[1][count])]))
-    windows = _spread(task, parts, n_rounds, grid)
+    windows = _spread(task, parts, grid)
     if any((window.first, window.end) in task.costs.barred for window in windows):
         return None
-    return _predict(task, windows, n_rounds, parts[-1][3])
+    return _predict(task, windows, parts[-1][3])
 
 
-def _spread(task: _Task, parts: list[tuple[int, int, int, bool]], n_rounds: int, grid: int) -> list[Window]:
+def _spread(task: _Task, parts: list[tuple[int, int, int, bool]], grid: int) -> list[Window]:
     """Windows of each device, as equal as they can be, later rounds the larger; so too the layers on a GPU."""
-    windows, first = [], 0
+    windows, first, n_rounds = [], 0, task.n_rounds
     for i in range(n_rounds):
         for device, count, n_gpu, _ in parts:
             n = count // grid
@@ -289,14 +295,14 @@ def _spread(task: _Task, parts: list[tuple[int, int, int, bool]], n_rounds: int,
     return windows
 
 
-def _predict(task: _Task, windows: list[Window], n_rounds: int, is_output_there: bool) -> Plan | None:
+def _predict(task: _Task, windows: list[Window], is_output_there: bool) -> Plan | None:
     """The plan of these windows with the true sizes of layers; None where they do not fit."""
     found = forecast(
         task.costs,
         task.devices,
         task.links,
         windows,
-        n_rounds,
+        task.n_rounds,
         is_output_there,
         task.is_disk_allowed,
         task.n_batch,
@@ -305,7 +311,7 @@ def _predict(task: _Task, windows: list[Window], n_rounds: int, is_output_there:
     if found is None:
         return None
     token, between = found.token_seconds, found.throughput_seconds
-    return Plan(tuple(windows), n_rounds, token, between, found.shares, task.n_batch, found.n_rows)
+    return Plan(tuple(windows), task.n_rounds, token, between, found.shares, task.n_batch, found.n_rows)
 
 
 def _impossible(task: _Task, rounds: Sequence[int]) -> PlanImpossible:

@@ -1,5 +1,6 @@
 """Cases for plans: small random ones with every ring that there is, and the worked example of the reference."""
 
+import heapq
 import itertools
 import math
 import random
@@ -136,6 +137,29 @@ def everything(model, devices, links, is_disk, n_rounds=1, n_samples=None):
                     if n_samples:
                         between = max(math.ceil(n_samples / n_rows) * between, sum_of_rows) / n_samples
                     yield max(total, bound), between
+
+
+def pass_round(stages, hops, n_rounds, n_batches):
+    """Seconds until all batches are through, each machine serving what comes first: `stages` and `hops` of one batch in
+    all rounds, by machine, the head last. Two batches a machine are under way."""
+    n, free, events, issued = len(stages), [0.0] * len(stages), [], itertools.count()
+
+    def issue(now):
+        if (number := next(issued)) < n_batches:
+            heapq.heappush(events, (now + hops[-1] / n_rounds, number, 0))
+
+    for _ in range(2 * n):
+        issue(0.0)
+    done = 0.0
+    while events:
+        now, number, hop = heapq.heappop(events)
+        machine = hop % n
+        done = free[machine] = max(now, free[machine]) + stages[machine] / n_rounds
+        if hop == n * n_rounds - 1:
+            issue(done)
+        else:
+            heapq.heappush(events, (done + hops[machine] / n_rounds, number, hop + 1))
+    return done
 
 
 def best(values, key):

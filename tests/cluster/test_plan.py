@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import statistics
 import time
 from dataclasses import replace
 
@@ -10,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localreason.cluster.costs import Links
+from localreason.cluster.costs import Links, prompt_seconds
 from localreason.cluster.errors import PlanImpossible
 from localreason.cluster.forecast import forecast
 from localreason.cluster.placing import Wish
 from localreason.cluster.plan import plan
 from localreason.cluster.variation import replicate, variations
-from tests.cluster.plans import best, costs, device, everything, random_case, worked_example
+from tests.cluster.plans import best, costs, device, everything, pass_round, random_case, worked_example
 
 
 @pytest.mark.parametrize("n_rounds", [1, 2])
@@ -88,13 +89,16 @@ def test_many_workers_are_visited_from_the_nearest_to_the_next():
     assert [share.name for share in found.per_device] == [*(f"d{i}" for i in range(1, n)), "d0"]
 
 
+@pytest.mark.parametrize("n_rounds", [1, 2])
 @pytest.mark.parametrize("n_batch", [8, 200, 512])
-def test_a_prefill_plan_has_the_least_seconds_of_a_prompt(n_batch):
+def test_a_prefill_plan_has_the_least_seconds_of_a_prompt(n_batch, n_rounds):
     for seed in range(100):
-        model, devices, links, _ = random_case(seed)
+        model, devices, links, _ = random_case(seed, is_alike=n_rounds > 1)
+        if model.n_layers < n_rounds:
+            continue
         devices = [replace(d, gpu_speed=0.0, gpu_memory_bytes=0, gpu_name="", memory_bytes=1000) for d in devices]
         links = Links({pair: (latency * n_batch, width) for pair, (latency, width) in links.pairs.items()})
-        found = plan(model, devices, links, "prefill", n_batch=n_batch)
+        found = plan(model, devices, links, "prefill", n_batch=n_batch, rounds=n_rounds)
         head, *workers = devices
 
         def stage(one, layers, model=model):
@@ -103,16 +107,47 @@ def test_a_prefill_plan_has_the_least_seconds_of_a_prompt(n_batch):
         wanted, n_batches = math.inf, math.ceil(512 / n_batch)
         for n in range(len(workers) + 1):
             for chosen in itertools.permutations(workers, n):
-                ring = [*chosen, head]
+                ring, k = [*chosen, head], n_rounds if n else 1
                 hops = list(zip(ring, [*ring[1:], ring[0]], strict=True)) if n else []
-                hop = sum(links.seconds(a.name, b.name, 4 * n_batch) for a, b in hops)
-                use = max((links.transfer_seconds(a.name, b.name, 4 * n_batch) for a, b in hops), default=0)
+                hop = k * sum(links.seconds(a.name, b.name, 4 * n_batch) for a, b in hops)
+                use = k * max((links.transfer_seconds(a.name, b.name, 4 * n_batch) for a, b in hops), default=0)
                 for cuts in itertools.combinations(range(1, model.n_layers), n):
-                    runs = itertools.pairwise([0, *cuts, model.n_layers])
+                    runs = list(itertools.pairwise([0, *cuts, model.n_layers]))
+                    if min(end - first for first, end in runs) < k:
+                        continue
                     stages = [stage(one, range(*run)) for one, run in zip(ring, runs, strict=True)]
-                    wanted = min(wanted, sum(stages) + hop + (n_batches - 1) * max(use, *stages))
+                    wanted = min(wanted, prompt_seconds(sum(stages) + hop, max(use, *stages), n_batches, k))
         size = 512 / n_batches / n_batch
         assert found.prefill_seconds(512) == pytest.approx(size * wanted)
+
+
+@pytest.mark.parametrize("n_devices", [2, 3, 6])
+@pytest.mark.parametrize("n_rounds", [1, 2, 4])
+def test_a_prompt_takes_as_long_as_batches_that_follow_each_other_round_a_ring(n_devices, n_rounds):
+    draw, ratios = random.Random(n_devices * n_rounds), []
+    for _ in range(200):
+        stages = [draw.uniform(0.5, 1) for _ in range(n_devices)]
+        hops = [n_rounds * draw.uniform(0, 0.05) for _ in range(n_devices)]
+        n_batches = draw.choice([1, 2, 4, 8, 16])
+        real = pass_round(stages, hops, n_rounds, n_batches)
+        ratios.append(prompt_seconds(sum(stages) + sum(hops), max(stages), n_batches, n_rounds) / real)
+    assert min(ratios) > 0.89
+    assert max(ratios) < 1 + 1e-9
+    assert statistics.median(ratios) == pytest.approx(1)
+    assert n_rounds > 1 or min(ratios) == pytest.approx(1), "one round is exact"
+
+
+def test_a_prompt_is_given_rounds_where_they_save_the_wait_for_its_first_and_last_batch():
+    devices = [device(memory=200), device("other", memory=200)]
+    near, far = Links(default=(0.0, 1e9)), Links(default=(100.0, 1e9))
+
+    def rounds(n_batch, links=near, **options):
+        return plan(costs((10,) * 16), devices, links, n_batch=n_batch, **options).n_rounds
+
+    assert rounds(64, objective="prefill") == 2
+    assert rounds(64) == rounds(64, objective="throughput") == 1
+    assert rounds(512, objective="prefill") == 1, "nothing follows a prompt of one batch"
+    assert rounds(64, far, objective="prefill") == 1
 
 
 @settings(max_examples=150, deadline=None)
