@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -259,9 +258,7 @@ def plan(
     compare: Annotated[
         list[Path] | None, typer.Option("--compare", help="Explain, with another file beside it.")
     ] = None,
-    objective: Annotated[
-        str | None, typer.Option("--objective", help="latency, throughput or prefill; unset: by --in-flight.")
-    ] = None,
+    objective: Annotated[str | None, config.flag("objective")] = None,
     in_flight: Annotated[int, typer.Option("--in-flight", min=1, max=256, help="Samples at once.")] = 1,
     context: Annotated[
         int | None, typer.Option("--context", help="Tokens of the cache, 16 to 16777216; unset: the setting, or 4096.")
@@ -285,7 +282,6 @@ def plan(
       {"devices": [MACHINE, MACHINE, ...],
        "links": [{"from": NAME, "to": NAME, "seconds": 0.001, "bytes_per_second": 1e8}, ...]}
     """
-    from ..cluster.placing import Wish
     from ..quant.gguf import ModelFile
     from . import build, planning, ring
 
@@ -293,16 +289,13 @@ def plan(
     explain = explain or bool(others)
     if devices and peers:
         raise typer.BadParameter("is for the machines that are there; leave out --devices", param_hint="--peer")
-    given = {"context": context, "cache_type": cache_type, "row_type": row_type, "rounds": rounds}
-    settings = config.load({**given, "disk": disk, "peers": peers, "model": model})
+    cache = {"context": context, "cache_type": cache_type}
+    ways = {"objective": objective, "rounds": rounds, "row_type": row_type, "disk": disk}
+    settings = config.load({**cache, **ways, "peers": peers, "model": model})
     chosen = settings.settings
     file = ModelFile(build.find_model(settings, build.HuggingFace))
     file.check_cut()
-    wish = Wish.of(in_flight, chosen.disk, chosen.rounds)
-    if objective is not None:
-        if objective not in ("latency", "throughput", "prefill"):
-            raise typer.BadParameter(f"{objective!r} is not latency, throughput or prefill", param_hint="--objective")
-        wish = replace(wish, objective=objective)
+    wish = ring.wish_of(in_flight, chosen)
     machines, links = planning.read_devices(devices) if devices else ring.measure_home(file, settings)
     question = planning.Question(file, machines, links, wish, chosen.context or ring.N_CONTEXT, "f16", chosen.row_type)
     question, found = question.settled(chosen.cache_type)

@@ -53,6 +53,11 @@ class Settings:
     cluster: bool = _setting(False, "share the model with the paired nodes of the home")
     peers: tuple[str, ...] = _setting((), "a node by host:port, where it is not found by itself")
     windows: str | None = _setting(None, "layers by machine in order, on CPUs, e.g. attic=14,head=14; unset: planned")
+    objective: str | None = _setting(
+        None,
+        "what the layers are shared out for; unset: latency for one answer at once, throughput for several",
+        choices=("latency", "throughput", "prefill"),
+    )
     rounds: int = _setting(0, "how often a token passes the ring; 0: planned", 0, 64)
     row_type: str = _setting("f32", "form of activations on the wire", choices=("f32", "f16", "i8"))
     disk: bool = _setting(False, "let weights that do not fit into memory be read from disk at each token")
@@ -61,7 +66,7 @@ class Settings:
     plaintext: bool = _setting(False, "speak without encryption to nodes on this machine, for tests")
 
 
-_OF_RINGS = ("peers", "windows", "rounds", "row_type", "disk")
+_OF_RINGS = ("peers", "windows", "objective", "rounds", "row_type", "disk")
 FIELDS = {item.name: item for item in fields(Settings)}
 
 

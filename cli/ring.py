@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from ..cluster.costs import Links
 from ..cluster.device import Device, profile
@@ -21,12 +22,13 @@ from ..cluster.placing import (
     with_cache_type,
     with_gpu_layers,
 )
+from ..cluster.plan import Objective
 from ..cluster.ring import Placer, RingEngine, RingOptions
 from ..quant.gguf import ModelFile
 from ..runtime.llama import EngineOptions, load_tokenizer, physical_cores
 from ..runtime.model import Model
 from ..runtime.paths import expanded
-from .config import Config
+from .config import Config, Settings
 
 LOOK_SECONDS = 2.0
 _FREE_SECONDS = 12.0
@@ -82,7 +84,7 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     if named is None:
         devices, links = measure_machines(file, home, nodes, config)
         nodes = [node for node in nodes if node.name in {device.name for device in devices}]
-        wish = Wish.of(options.n_busy, config.settings.disk, config.settings.rounds)
+        wish = wish_of(options.n_busy, config.settings)
 
         def find(cache_type: str) -> tuple[Placer, Placement]:
             costs = model_costs(file, n_context, cache_type, config.settings.row_type)
@@ -120,6 +122,13 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     except BaseException:
         ring.close()
         raise
+
+
+def wish_of(n_sequences: int, settings: Settings) -> Wish:
+    """What a ring for so many sequences at once is to be good at."""
+    wish = Wish.of(n_sequences, settings.disk, settings.rounds)
+    objective = cast(Objective | None, settings.objective)
+    return replace(wish, objective=objective) if objective else wish
 
 
 def measure_machines(file: ModelFile, home: Home, nodes: list[Seen], config: Config) -> tuple[list[Device], Links]:

@@ -78,6 +78,7 @@ def serve(
     cluster: Annotated[bool | None, config.flag("cluster", "--cluster/--no-cluster")] = None,
     peers: Annotated[list[str] | None, config.flag("peers", "--peer", show="HOST:PORT")] = None,
     windows: Annotated[str | None, config.flag("windows")] = None,
+    objective: Annotated[str | None, config.flag("objective")] = None,
     rounds: Annotated[int | None, config.flag("rounds")] = None,
     row_type: Annotated[str | None, config.flag("row_type")] = None,
     disk: Annotated[bool | None, config.flag("disk", "--disk/--no-disk")] = None,

@@ -225,7 +225,13 @@ def test_a_silent_machine_is_not_asked_once_for_each_pairing_nor_called_distrust
 
 
 def test_what_is_for_a_ring_only_is_refused_without_one(run):
-    for flag in (["--peer", "x"], ["--windows", "a=1,head=1"], ["--rounds", "2"], ["--disk"]):
+    for flag in (
+        ["--peer", "x"],
+        ["--windows", "a=1,head=1"],
+        ["--rounds", "2"],
+        ["--objective", "prefill"],
+        ["--disk"],
+    ):
         _, said = run("solve", "x", *flag, code=2)
         assert f"{flag[0]}: is only for sharing the model with other machines; give --cluster too" in said
     run("cluster", "list", "--peer", "127.0.0.1:1")

@@ -76,6 +76,18 @@ def test_what_would_change_is_told_of_what_was_asked_for(run, tmp_path, flags, w
     assert halved["memory_bytes"] < doubled["memory_bytes"]
 
 
+def test_what_layers_are_shared_out_for_can_be_set(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCALREASON_OBJECTIVE", "prefill")
+    model = write_model(tmp_path / "tiny.gguf", n_layers=6)
+    command = ["cluster", "plan", model, "--devices", described(tmp_path, 8, 8, speed=1e6), "--json"]
+    prompts, tokens = (json.loads(run(*command, *flags)[0]) for flags in ([], ["--objective", "latency"]))
+    assert (prompts["objective"], prompts["n_rounds"]) == ("prefill", 2)
+    assert (tokens["objective"], tokens["n_rounds"]) == ("latency", 1)
+    assert prompts["prefill_seconds"] < tokens["prefill_seconds"]
+    _, said = run(*command, "--objective", "speed", code=2)
+    assert "--objective: is 'speed'; choose one of latency, throughput, prefill" in said
+
+
 def test_a_plan_says_the_cache_that_fits_and_takes_the_context_of_the_settings(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCALREASON_CONTEXT", "200000")
     model = write_model(tmp_path / "tiny.gguf", n_layers=6, values={"llama.context_length": 1 << 18})
