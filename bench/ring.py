@@ -207,24 +207,25 @@ class Bench:
 
     def prefill(self, home):
         # Of a prompt only the last token meets the output matrix, so here equal windows are balanced.
-        even = [("n0", self.n_layers - self.n_layers // 2), (HEAD, self.n_layers // 2)]
-        with (
-            contextlib.closing(self.whole(1)) as whole,
-            home.ring(even, 1, n_threads=1) as ring,
-            self.processes("prefill") as processes,
-        ):
-            cases = {"whole": lambda: self.prompt_speed(whole), "ring": lambda: self.prompt_speed(ring)}
-            turns = Turns({**cases, **processes}, self.options.repeats)
-        pairs = (("ring", "whole"), ("processes, 2", "processes, 1"))
+        share = self.n_layers // 2
+
+        def ring_speed(k):
+            with home.ring(_in_rounds(k, self.n_layers - share, share), 1, n_threads=1) as ring:
+                self.speed(ring, 1)()  # a warm-up
+                return self.prompt_speed(ring)
+
+        rings = {f"ring, {k} rounds": lambda k=k: ring_speed(k) for k in (1, 2)}
+        with contextlib.closing(self.whole(1)) as whole, self.processes("prefill") as processes:
+            cases = {"whole": lambda: self.prompt_speed(whole), **rings, **processes}
+            turns = Turns(cases, self.options.repeats)
+        pairs = (*((name, "whole") for name in rings), ("processes, 2", "processes, 1"))
         return {"tokens_per_second": turns.medians(), "ratios": turns.ratios(pairs)}
 
     def rounds(self, home):
-        def windows(k):
-            for i in range(k):
-                yield "n0", self.node_layers * (i + 1) // k - self.node_layers * i // k
-                yield HEAD, self.head_layers * (i + 1) // k - self.head_layers * i // k
+        def opening(k):
+            return home.ring(_in_rounds(k, self.node_layers, self.head_layers), n_threads=1)
 
-        openings = {f"{k} rounds": lambda k=k: home.ring(list(windows(k)), n_threads=1) for k in (1, 2, 4)}
+        openings = {f"{k} rounds": lambda k=k: opening(k) for k in (1, 2, 4)}
         return self.in_turns(openings, (1, 4))
 
     def samples(self, home):
@@ -310,6 +311,15 @@ class Bench:
 
         exact = logits("f32")
         return {row_type: compare(logits(row_type), exact) for row_type in ("f16", "i8")}
+
+
+def _in_rounds(n_rounds, node_layers, head_layers):
+    """The windows of the node and of the head, in rounds of shares as equal as they can be."""
+
+    def share(n_layers, i):
+        return n_layers * (i + 1) // n_rounds - n_layers * i // n_rounds
+
+    return [(name, share(n, i)) for i in range(n_rounds) for name, n in (("n0", node_layers), (HEAD, head_layers))]
 
 
 def _independent(options, what, pipe):
