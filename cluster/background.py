@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
@@ -19,10 +20,14 @@ class Background:
         self._thread = threading.Thread(target=self._loop.run_forever, name="ring", daemon=True)
         self._thread.start()
 
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Run a coroutine beside what the caller does."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
     def run(self, coroutine: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
         """The coroutine's result. Raises what it raises, ClusterError after the deadline; a coroutine without one has
         deadlines of its own."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = self.start(coroutine)
         try:
             return future.result(seconds)
         except FutureTimeout as error:

@@ -103,6 +103,10 @@ class Formation:
         self.lost: Lost | None = None
         """What ended the formation."""
         self._is_over = False
+        self._is_held = threading.Event()
+        """Set when every node is this head's, or `open` ended."""
+        self._is_failed = False
+        """True where `open` ended with an exception."""
         self._following: dict[str, str] = {}
         """The node that each node passes on to, where that is not the head."""
 
@@ -114,9 +118,14 @@ class Formation:
         return self.placement.windows[hop].member
 
     def load_own(self, store: Store, n_threads: int) -> None:
-        """Open the head's windows. Raises ModelError, OutOfMemory, ClusterError."""
+        """Open the head's windows, while the nodes open theirs: from when all nodes are held, for a ring that waits for
+        a busy one is not worth the time, and until `open` fails, which tells why. Raises ModelError, OutOfMemory,
+        ClusterError."""
+        self._is_held.wait()
         digests = store.digests(self.file)
         for hop, place in enumerate(self.placement.windows):
+            if self._is_failed:
+                return
             if place.member != HEAD:
                 continue
             is_last = hop == self.n_hops - 1
@@ -146,16 +155,21 @@ class Formation:
         self.members = {member: Member(addresses[member], dialer) for member in order}
         opening = asyncio.create_task(self._open(order, addresses, store, name))
         ends = [asyncio.create_task(member.ended.wait()) for member in self.members.values()]
+        noting = asyncio.create_task(self._note_held())
         try:
             await asyncio.wait([opening, *ends], return_when=asyncio.FIRST_COMPLETED)
             error = next((member.error for member in self.members.values() if member.error), None)
             if error is not None and not opening.done():
                 raise error
             await opening
+        except BaseException:
+            self._is_failed = True
+            raise
         finally:
-            for task in (opening, *ends):
+            self._is_held.set()
+            for task in (opening, noting, *ends):
                 task.cancel()
-            await asyncio.gather(opening, *ends, return_exceptions=True)
+            await asyncio.gather(opening, noting, *ends, return_exceptions=True)
 
     async def _open(self, order: list[str], addresses: dict[str, Address], store: Store, name: str) -> None:
         stopped = threading.Event()
@@ -198,6 +212,11 @@ class Formation:
             asyncio.create_task(self._write(self.members[order[0]], session)),
             asyncio.create_task(self._read(self.members[order[-1]], session)),
         ]
+
+    async def _note_held(self) -> None:
+        for member in self.members.values():
+            await member.held.wait()
+        self._is_held.set()
 
     def _losing(self, member: str) -> OnLoss:
         def lose(reason: str, missed: wire.Missed = wire.NOBODY) -> None:

@@ -88,6 +88,8 @@ class Member:
         self.error: ClusterError | None = None
         self.ended = asyncio.Event()
         """Set when the node is lost, with `error`."""
+        self.held = asyncio.Event()
+        """Set when the node is this head's; an older node may not say so until its windows are loaded."""
         self._on_loss: OnLoss = lambda reason, missed=wire.NOBODY: None
 
     @property
@@ -232,7 +234,10 @@ class Member:
                 self._heard = time.monotonic()
                 kind = message.WhichOneof("message")
                 if kind == "beat":
-                    self.busy_seconds = message.beat.busy_seconds
+                    if message.beat.is_held:
+                        self.held.set()
+                    else:
+                        self.busy_seconds = message.beat.busy_seconds
                     continue
                 if kind == "failure":
                     message.failure.text = shown(message.failure.text, _MOST_TEXT)

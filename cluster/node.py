@@ -169,6 +169,7 @@ class Node(service.RingServicer):
                 raise NodeBusy(f"{self._options.name} is busy with {self._holder}; try again when that is done")
             self._holder, is_mine = shown(opening.open.head, MOST_NAME) or "a head", True
             self._free.clear()
+            await outgoing.put(wire.FromNode(beat=wire.Beat(is_held=True)))
             await self._serve(opening.open, inlet, outgoing, caller)
         except LocalReasonError as error:
             self._show(f"{self._options.name}: {error}")

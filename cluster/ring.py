@@ -158,9 +158,14 @@ class RingEngine:
             formation = Formation(self._file, placement, window_options, ROW_TYPES[options.row_type])
             self._formation = formation
             try:
-                opening = formation.open(self._roster.addresses, self._dialer, self._store, options.name)
-                self._background.run(opening)
-                formation.load_own(self._store, options.n_threads)
+                opening = self._background.start(
+                    formation.open(self._roster.addresses, self._dialer, self._store, options.name)
+                )
+                try:
+                    formation.load_own(self._store, options.n_threads)
+                    opening.result()
+                finally:
+                    opening.cancel()
                 if self._links is not None:
                     self._links.note(formation.links)
                 break

@@ -188,10 +188,12 @@ class Connected(_message.Message):
     def __init__(self, link_seconds: _Optional[float] = ..., link_bytes_per_second: _Optional[float] = ...) -> None: ...
 
 class Beat(_message.Message):
-    __slots__ = ("busy_seconds",)
+    __slots__ = ("busy_seconds", "is_held")
     BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    IS_HELD_FIELD_NUMBER: _ClassVar[int]
     busy_seconds: float
-    def __init__(self, busy_seconds: _Optional[float] = ...) -> None: ...
+    is_held: bool
+    def __init__(self, busy_seconds: _Optional[float] = ..., is_held: _Optional[bool] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("text", "is_busy", "missed")

@@ -19,6 +19,7 @@ from localreason.cluster.link import LinkBook
 from localreason.cluster.member import Member
 from localreason.cluster.ring import RingEngine, RingOptions
 from localreason.cluster.store import Store
+from localreason.cluster.window import LayerWindow
 from localreason.cluster.wire import ring_pb2 as wire
 from localreason.cluster.wire import ring_pb2_grpc as service
 from localreason.quant.gguf import ModelFile
@@ -353,10 +354,31 @@ def test_rows_that_nobody_wants_stay_unwanted_when_another_node_is_lost_in_the_r
         assert len(ring.timing.recoveries) == 2
 
 
+def test_the_head_opens_its_windows_while_the_nodes_open_theirs(model, head, nodes, folder, expected, monkeypatch):
+    hold, is_open = Member.hold, threading.Event()
+
+    class Opened(LayerWindow):
+        def warm(self):
+            super().warm()
+            is_open.set()
+
+    async def hold_until_open(member, *arguments):
+        n_sent = await hold(member, *arguments)
+        assert await asyncio.to_thread(is_open.wait, 20), "the head waited for the nodes"
+        return n_sent
+
+    monkeypatch.setattr("localreason.cluster.formation.LayerWindow", Opened)
+    monkeypatch.setattr(Member, "hold", hold_until_open)
+    with ring_of(model, head, nodes, folder) as ring:
+        assert np.array_equal(script(ring), expected)
+
+
 def test_a_second_head_waits_and_is_told_who_has_the_node(model, head, nodes, folder, monkeypatch):
     monkeypatch.setattr("localreason.cluster.ring._BUSY_SECONDS", 0.0)
-    with ring_of(model, head, nodes, folder, name="the laptop"), pytest.raises(NodeBusy, match="busy with the laptop"):
-        ring_of(model, head, nodes, folder)
+    with ring_of(model, head, nodes, folder, name="the laptop"), monkeypatch.context() as patch:
+        patch.setattr("localreason.cluster.formation.LayerWindow", None)  # nothing is opened for a ring that waits
+        with pytest.raises(NodeBusy, match="busy with the laptop"):
+            ring_of(model, head, nodes, folder)
     with ring_of(model, head, nodes, folder):
         pass
 
