@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..quant.gguf import ModelFile
-from ..runtime.engine import Batch, Logits
+from ..runtime.engine import Batch, Logits, piece_size
 from ..runtime.errors import ContextFull, DecodeFailed
 from .background import Background
 from .codec import ROW_TYPES, pack_rows, pack_spans, unpack_rows
@@ -214,7 +214,8 @@ class RingEngine:
             self._journal.absorb()
         self._form()
         ring = self._ring
-        for entry in self._journal.base.rebuild(self.n_batch):
+        n_held = sum(map(len, self._journal.base.tokens))
+        for entry in self._journal.base.rebuild(piece_size(n_held, self.n_batch, self.n_in_flight)):
             self._issue(entry, is_replay=True)
             # A node takes a bounded number of steps at once, and a long answer has more than that.
             while len(self._flights) >= self.n_in_flight:

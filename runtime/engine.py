@@ -39,6 +39,20 @@ Batch = list[Span]
 """At most one span per sequence and at most `Engine.n_batch` tokens in all."""
 
 
+_LEAST_PIECE = 16
+"""Tokens of a prompt; with fewer rows most kernels cost nearly as much for each as with one row alone."""
+
+
+def piece_size(n_tokens: int, n_batch: int, n_in_flight: int) -> int:
+    """Most tokens of a prompt of `n_tokens` in one batch.
+
+    The machines of a ring wait for the first piece and after the last one, so a short prompt is cut into as many pieces
+    as can be under way. More would wait less and be slower to compute. One machine takes whole batches."""
+    if n_in_flight == 1:
+        return n_batch
+    return min(n_batch, max(1, -(-n_tokens // (n_in_flight * _LEAST_PIECE))) * _LEAST_PIECE)
+
+
 class Engine(Protocol):
     """Evaluates batches; keeps one key-value cache of `n_context` cells for `n_sequences` sequences."""
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .controls.control import Control, Probe
-from .engine import Batch, Engine, Row, Span
+from .engine import Batch, Engine, Row, Span, piece_size
 from .phase import PhaseTracker
 from .sequence import Sequence
 from .tokenizer import StreamDecoder
@@ -189,6 +189,14 @@ class Schedule:
         while self._kept:
             self.drop_kept()
 
+    def _prompt_room(self, is_beside: bool) -> int:
+        """Most tokens of prompts in a batch, beside decoding rows or alone."""
+        n_batch = self.engine.n_batch
+        prompts = (row.sequence for row in self.rows if row.leader is None)
+        n_fresh = sum(one.n_prompt - one.n_reused for one in prompts if one.n_evaluated < one.n_prompt)
+        n_piece = piece_size(n_fresh, n_batch, self.engine.n_in_flight)
+        return min(n_piece, max(1, n_batch // _PART_BESIDE)) if is_beside else n_piece
+
     def next_flight(self) -> Flight | None:
         """What fits into a batch of what is pending: decoding rows first, then prompts, in order of admission,
         and beside decoding rows only a part of a batch.
@@ -210,8 +218,8 @@ class Schedule:
                 if not n_share:
                     continue
                 n_share -= 1
-            elif n_decoding:
-                room = min(room, max(1, self.engine.n_batch // _PART_BESIDE))
+            else:
+                room = min(room, self._prompt_room(n_decoding > 0))
             end = min(len(sequence.tokens), start + room)
             for other in self.rows:  # stop where a follower wants to fork
                 if other.leader is row and start < other.n_shared < end:

@@ -314,7 +314,8 @@ def test_a_node_that_comes_back_is_used_for_the_next_request(model, head, spare,
             back.set()
 
     with whole(model) as engine:
-        engine.decode([Span(0, 0, [*PROMPT, 1, 1])])  # as it is evaluated again, in one piece
+        for first in range(0, len(PROMPT) + 2, 16):  # as it is evaluated again, in pieces
+            engine.decode([Span(0, first, [*PROMPT, 1, 1][first : first + 16])])
         engine.fork(0, 1, len(PROMPT))
         expected = np.array(engine.decode([Span(1, len(PROMPT), [2, 3])]))
     with ring_of(model, head, spare, folder, tell=tell) as ring:

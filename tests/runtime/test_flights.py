@@ -4,6 +4,7 @@ import contextlib
 import random
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +84,34 @@ def test_a_prompt_goes_in_pieces_that_follow_each_other():
     with contextlib.closing(decode(engine, TOKENIZER, list(requests())[:1])) as events:
         next(events)
         assert len(engine.batches) == 3, "three pieces are under way when the first comes back"
+
+
+def pieces_of(*texts, n_in_flight=4, n_parallel=None):
+    """Tokens of each batch of prompts, of requests that follow each other or come together."""
+    engine = ScriptedEngine(
+        script(TOKENIZER, dict.fromkeys(texts, "")), TOKENIZER.n_vocab, n_batch=64, n_in_flight=n_in_flight
+    )
+    every = [
+        Request(Sequence(TOKENIZER.encode(text)), PhaseTracker(FORMATS["none"], ""), lambda row: int(row.argmax()), [])
+        for text in texts
+    ]
+    for _ in decode(engine, TOKENIZER, every, n_parallel):
+        pass
+    return [sum(len(span.tokens) for span in batch) for batch in engine.batches]
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "pieces"),
+    [(10, [10]), (32, [16, 16]), (64, [16] * 4), (65, [32, 32, 1]), (128, [32] * 4), (600, [64] * 9 + [24])],
+)
+def test_a_short_prompt_is_cut_into_as_many_pieces_as_can_be_under_way(n_tokens, pieces):
+    assert pieces_of("x" * n_tokens) == pieces
+    assert pieces_of("x" * n_tokens, n_in_flight=1) == [64] * (n_tokens // 64) + [n_tokens % 64] * (n_tokens % 64 > 0)
+
+
+def test_pieces_are_of_what_is_not_in_the_cache_and_of_all_prompts_that_come_together():
+    assert pieces_of("x" * 300, "x" * 300 + "y" * 60, n_parallel=1)[5:] == [16, 16, 16, 12]
+    assert pieces_of("a" * 64, "b" * 64, "c" * 128)[0] == 64
 
 
 def test_closing_with_batches_under_way_leaves_the_engine_ready():
