@@ -126,9 +126,9 @@ class Bench:
         """A case: tokens a second of all sequences together."""
         return lambda: run_batch(engine, self.tokenizer, self.short, n_sequences, self.options.tokens).tokens_per_second
 
-    def prompt_speed(self, engine):
+    def prompt_speed(self, engine, n_tokens=512):
         """Tokens a second of a prompt."""
-        return len(self.long) / run_batch(engine, self.tokenizer, self.long, 1, 1).first_seconds
+        return n_tokens / run_batch(engine, self.tokenizer, self.long[:n_tokens], 1, 1).first_seconds
 
     def in_turns(self, openings, sequences, pairs=()):
         """The speed of each ring with each number of sequences in flight, and the ratios of `pairs`, or of all to the
@@ -219,6 +219,19 @@ class Bench:
             cases = {"whole": lambda: self.prompt_speed(whole), **rings, **processes}
             turns = Turns(cases, self.options.repeats)
         pairs = (*((name, "whole") for name in rings), ("processes, 2", "processes, 1"))
+        return {"tokens_per_second": turns.medians(), "ratios": turns.ratios(pairs)}
+
+    def prompts(self, home):
+        """Short prompts, over the windows that are balanced for throughput."""
+        with contextlib.closing(self.whole(1)) as whole, home.ring(self.balanced(), 1, n_threads=1) as ring:
+            engines, lengths = {"whole": whole, "ring": ring}, (32, 64, 128, 256)
+            cases = {
+                f"{name}, {n} tokens": lambda engine=engine, n=n: self.prompt_speed(engine, n)
+                for n in lengths
+                for name, engine in engines.items()
+            }
+            turns = Turns(cases, self.options.repeats)
+        pairs = [(f"ring, {n} tokens", f"whole, {n} tokens") for n in lengths]
         return {"tokens_per_second": turns.medians(), "ratios": turns.ratios(pairs)}
 
     def rounds(self, home):
@@ -332,7 +345,7 @@ def _independent(options, what, pipe):
 
 
 def main():
-    names = ("recovery", "decode", "awake", "prefill", "rounds", "samples", "nodes", "delay", "rows")
+    names = ("recovery", "decode", "awake", "prefill", "prompts", "rounds", "samples", "nodes", "delay", "rows")
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--split", required=True, help="layers of the node and of the head, e.g. 16,12")
