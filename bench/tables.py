@@ -52,7 +52,7 @@ def spread(found):
 def ring_rows(record):
     yield "| what, sequences in flight | ratio (quartiles) |"
     yield "| --- | --- |"
-    parts = ("decode", "prefill", "awake", "rounds", "samples", "nodes", "delay")
+    parts = ("decode", "prefill", "prompts", "awake", "rounds", "samples", "nodes", "delay")
     for part in [part for part in parts if part in record]:
         for name, row in record[part]["ratios"].items():
             yield f"| {part}: {name} | {spread(row)} |"
