@@ -121,7 +121,7 @@ class Formation:
         """Open the head's windows, while the nodes open theirs: from when all nodes are held, for a ring that waits for
         a busy one is not worth the time, and until `open` fails, which tells why. Raises ModelError, OutOfMemory,
         ClusterError."""
-        self._is_held.wait()
+        self._is_held.wait()  # no longer than `open` lasts, which has deadlines
         digests = store.digests(self.file)
         for hop, place in enumerate(self.placement.windows):
             if self._is_failed:

@@ -89,7 +89,7 @@ class Member:
         self.ended = asyncio.Event()
         """Set when the node is lost, with `error`."""
         self.held = asyncio.Event()
-        """Set when the node is this head's; an older node may not say so until its windows are loaded."""
+        """Set when the node is this head's; an older node does not say so."""
         self._on_loss: OnLoss = lambda reason, missed=wire.NOBODY: None
 
     @property
