@@ -258,9 +258,9 @@ class ChatScreen(Screen[None]):
 
     def _show_pace(self, reply: Reply) -> None:
         """What goes on, and how fast."""
-        is_thinking = reply.best is not None and reply.best.phase == "think"
-        state = "placing" if self._is_placing else "thinking" if is_thinking else "answering"
-        self.instruments.show_state(state)
+        phase = reply.best.phase if reply.best is not None else "prompt"
+        state = {"prompt": "reading", "think": "thinking", "answer": "answering"}[phase]
+        self.instruments.show_state("placing" if self._is_placing else state)
         self.instruments.show_speed(0 if self._is_placing else reply.tokens_per_second)
 
     def _fill_lane(self, event: Delta) -> None:

@@ -378,6 +378,19 @@ def test_a_reply_goes_on_while_another_conversation_is_read(tmp_path):
     play(tmp_path, scene)
 
 
+def test_a_reply_is_read_until_its_first_token_and_its_keys_are_those_of_its_phase(tmp_path):
+    async def scene(stage):
+        await stage.ask()
+        assert stage.chat.instruments.state == "reading"
+        assert "Answer now" in stage.text
+        stage.script.answer("So ")
+        await stage.settle()
+        assert stage.chat.instruments.state == "answering"
+        assert "Answer now" not in stage.text
+
+    play(tmp_path, scene)
+
+
 def test_formulas_are_readable_and_stored_as_they_were_written(tmp_path):
     async def scene(stage):
         stage_answer = r"So \(x^2 \le \frac{1}{2}\) and \boxed{42}, for $5."
