@@ -35,9 +35,9 @@ class Inlet:
             raise ClusterError("the head is not paired any more; the session is over")
         return message
 
-    async def next(self, kind: str) -> wire.ToNode:
+    async def next(self, kind: str, seconds: float = _WORD_SECONDS) -> wire.ToNode:
         """The next word besides beats, which must be of that kind. Raises ProtocolError, HeadLost."""
-        end = time.monotonic() + _WORD_SECONDS
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             message = await self._read(_SILENCE_SECONDS)
             found = message.WhichOneof("message")
@@ -45,7 +45,7 @@ class Inlet:
                 return message
             if found != "beat":
                 raise ProtocolError(f"{found} came where {kind} was awaited")
-        raise HeadLost(f"the head sent no {kind} for {_WORD_SECONDS:.0f} s; the session is over")
+        raise HeadLost(f"the head sent no {kind} for {seconds:.0f} s; the session is over")
 
     async def drain(self) -> None:
         """Read until the head is gone or says something out of place."""

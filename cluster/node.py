@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -212,7 +213,8 @@ class Node(service.RingServicer):
         await session.load(windows)
         self._show(f"serving {len(windows)} window(s) for {self._holder}; {n_received} bytes of weights were received")
         await outgoing.put(wire.FromNode(loaded=wire.Loaded(n_received_bytes=n_received)))
-        connect = (await inlet.next("connect")).connect
+        # It comes when every node has loaded, however long that takes; a head that is gone sends no beats.
+        connect = (await inlet.next("connect", math.inf)).connect
         async with contextlib.AsyncExitStack() as stack:
             tasks = [asyncio.create_task(inlet.drain())]
             if connect.host:
