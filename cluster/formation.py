@@ -1,6 +1,7 @@
 """One ring as it stands: who runs which window, held and connected. A lost node ends it; `ring.py` makes the next."""
 
 import asyncio
+import contextlib
 import queue
 import secrets
 import threading
@@ -19,6 +20,7 @@ from .window import LayerWindow, WindowOptions
 from .wire import ring_pb2 as wire
 
 _WRITE_SECONDS = 60.0
+_REASON_SECONDS = 1.0
 HEAD = ""
 """The name of this machine in a placement."""
 
@@ -239,15 +241,21 @@ class Formation:
                     await call.write(step)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
             text = reason(error) if isinstance(error, grpc.aio.AioRpcError) else "takes no activations any more"
-            self._losing(first.name)(text)
+            await self._blame(first, text)
 
     async def _read(self, last: Member, session: bytes) -> None:
         try:
             async for step in last.flow(session, "out"):
                 self.inbox.put(Returned(step.number, step.hop, step.rows))
-            self._losing(last.name)("ended its stream")
+            await self._blame(last, "ended its stream")
         except grpc.aio.AioRpcError as error:
-            self._losing(last.name)(reason(error))
+            await self._blame(last, reason(error))
+
+    async def _blame(self, member: Member, text: str) -> None:
+        """A stream of activations ended: as a rule because the session did, which says in a moment why."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(member.ended.wait(), _REASON_SECONDS)
+        self._losing(member.name)(text)
 
     def send(self, step: wire.Step) -> None:
         """Pass a step on to the first node; on the loop."""

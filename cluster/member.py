@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +23,8 @@ from .wire import ring_pb2_grpc as service
 SILENCE_SECONDS = 2.5
 """A node that sends no beat for so long is lost."""
 _LOOK_SECONDS, _STILL_SECONDS = 0.2, 1.0
+_SLEEP_SECONDS, _WAKING_SECONDS = 5.0, 10.0
+"""What is lost within the second after this machine stood still for the first was lost by its sleep."""
 _CALL_SECONDS = 5.0
 _CHUNK_SECONDS = 60.0
 _CONNECT_SECONDS = 15.0
@@ -81,6 +84,9 @@ class Member:
         self._tasks: list[asyncio.Task[None]] = []
         self._call: grpc.aio.StreamStreamCall[wire.ToNode, wire.FromNode] | None = None
         self._heard = 0.0
+        self._looked, self._woken = math.inf, -math.inf
+        """When the clock on the wall was looked at last, which goes on while a machine sleeps, and when this machine
+        was seen to have slept."""
         self.n_sent_bytes = 0
         self.busy_seconds = 0.0
         self._is_over = False
@@ -249,19 +255,28 @@ class Member:
             self._lose(reason(error))
 
     async def _watch(self) -> None:
+        self._looked = time.time()
         while time.monotonic() - self._heard < SILENCE_SECONDS:
-            looked = time.monotonic()
             await asyncio.sleep(_LOOK_SECONDS)
-            if time.monotonic() - looked > _LOOK_SECONDS + _STILL_SECONDS:
-                # This machine stood still itself, and what the node said meanwhile has not been read yet.
-                self._heard = time.monotonic()
+            self._look()
         self._lose(f"sent no sign of life for {SILENCE_SECONDS} s")
+
+    def _look(self) -> None:
+        """Notice that this machine stood still: what the node said meanwhile has not been read yet."""
+        still, self._looked = time.time() - self._looked - _LOOK_SECONDS, time.time()
+        if still > _STILL_SECONDS:
+            self._heard = time.monotonic()
+        if still > _SLEEP_SECONDS:
+            self._woken = time.monotonic()
 
     def _lose(self, why: str, told: wire.Failure | None = None) -> None:
         if self._is_over:
             return
         self._is_over = True
-        told = told or wire.Failure(text=why)
+        self._look()
+        if told is None:
+            has_slept = time.monotonic() - self._woken < _WAKING_SECONDS
+            told = wire.Failure(text=why, missed=wire.HEAD if has_slept else wire.NOBODY)
         self.error = (NodeBusy if told.is_busy else NodeLost)(f"{self.name}: {told.text}")
         self.ended.set()
         self._incoming.put_nowait(wire.FromNode())  # for who waits for a word

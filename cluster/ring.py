@@ -34,7 +34,8 @@ from .wire import ring_pb2 as wire
 _STEP_SECONDS = 120.0
 """A step that takes longer has met a node that hangs."""
 _BUSY_SECONDS = 20.0
-"""How long nodes are waited for that another head has."""
+"""How long nodes are waited for that another head has, or that a machine that slept does not reach at once."""
+_AGAIN_SECONDS = 1.0
 Placer = Callable[[list[str]], Placement]
 """From the names of the nodes that are there to the windows. Raises PlanImpossible."""
 
@@ -145,8 +146,9 @@ class RingEngine:
         """Bytes of weights that this formation's nodes had to be sent."""
         return self._ring.n_sent_bytes
 
-    def _form(self, is_first: bool = False) -> None:
-        """Place the windows on the nodes that are there and open them, again without those that are lost meanwhile.
+    def _form(self, is_first: bool = False, is_woken: bool = False) -> None:
+        """Place the windows on the nodes that are there and open them, again without those that are lost meanwhile;
+        with `is_woken` nodes may take a while to be reached.
 
         Raises NodeBusy where another head has a node at first; later that node counts as lost."""
         deadline = time.monotonic() + _BUSY_SECONDS
@@ -171,11 +173,14 @@ class RingEngine:
                 break
             except (NodeLost, NodeBusy) as error:
                 # Also this head may have a node still, which ends the step that it was at in the ring that broke.
-                is_awaited = isinstance(error, NodeBusy) and time.monotonic() < deadline
                 lost = formation.lost
+                is_asleep = is_woken or (lost is not None and lost.member == HEAD)
+                is_awaited = (isinstance(error, NodeBusy) or is_asleep) and time.monotonic() < deadline
                 self._end_formation()
                 if is_awaited:
                     self._tell(f"{error}; waiting")
+                    if is_asleep:  # a busy node has waited itself
+                        time.sleep(_AGAIN_SECONDS)
                 elif lost is None or lost.member == HEAD or (is_first and isinstance(error, NodeBusy)):
                     raise
                 else:
@@ -201,18 +206,18 @@ class RingEngine:
         self._end_formation()
         if lost.member != HEAD:
             self._roster.lose(lost.member, lost.reason)
-        self._restore()
+        self._restore(is_woken=lost.member == HEAD)
         self.timing.recoveries.append((lost.member, time.perf_counter() - started))
         how = f"without {lost.member}" if lost.member != HEAD else f"in a new ring, since {lost.reason}"
         self._tell(f"going on {how}; {n_held} tokens are evaluated again")
 
-    def _restore(self) -> None:
+    def _restore(self, is_woken: bool = False) -> None:
         """Form a ring, evaluate what was held, send again what was under way. Raises as `_form` does; the journal
         keeps everything, for the next attempt."""
         self._flights, self._due, self._number, self._awaited = {}, [], 0, {}
         if self._journal.is_unwanted:
             self._journal.absorb()
-        self._form()
+        self._form(is_woken=is_woken)
         ring = self._ring
         n_held = sum(map(len, self._journal.base.tokens))
         for entry in self._journal.base.rebuild(piece_size(n_held, self.n_batch, self.n_in_flight)):

@@ -13,7 +13,8 @@ from localreason.cluster.gate import TlsGate
 from localreason.cluster.identity import Identity, Peers
 from localreason.cluster.member import Address
 
-RUN = [sys.executable, "-c", "from localreason.cli.main import run; run()"]
+_RUN = "from localreason.cli.main import run; run()"
+RUN = [sys.executable, "-c", _RUN]
 
 
 def _free_port():
@@ -28,10 +29,11 @@ def _free_port():
 
 
 class NodeProcess:
-    """`localreason node` on a free port of this machine; a context manager."""
+    """`localreason node` on a free port of this machine; a context manager. `prelude` is carried out before it."""
 
-    def __init__(self, folder, name, head=None, *flags, is_loopback=True):
+    def __init__(self, folder, name, head=None, *flags, is_loopback=True, prelude="pass"):
         self.name = name
+        self._run = [sys.executable, "-c", f"{prelude}; {_RUN}"]
         self._place = ["--loopback"] if is_loopback else []
         self.folder = folder / name
         self.cache = folder / f"{name}-cache"
@@ -45,7 +47,7 @@ class NodeProcess:
 
     def start(self, port=None):
         port = port or _free_port()
-        command = [*RUN, "node", *self._place, "--port", str(port), "--threads", "1", "--name", self.name]
+        command = [*self._run, "node", *self._place, "--port", str(port), "--threads", "1", "--name", self.name]
         command += ["--folder", str(self.folder), "--cache", str(self.cache), *self._flags]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(

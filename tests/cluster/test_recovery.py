@@ -5,6 +5,7 @@ import contextlib
 import queue
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from localreason.cluster.wire import ring_pb2 as wire
 from localreason.runtime.engine import Span
 from localreason.runtime.errors import DecodeFailed
 from localreason.runtime.llama import EngineOptions, load
-from tests.cluster.processes import NodeProcess
+from tests.cluster.processes import NodeProcess, Relay
 from tests.cluster.test_ring import ring_of, tokens_of, whole
 from tests.cluster.test_window import PROMPT, script
 
@@ -63,6 +64,54 @@ def test_a_head_that_stood_still_blames_nobody(model, head, spare, folder, expec
         ring.rewind(0, 0)
         assert np.array_equal(script(ring), expected)
         assert ring.timing.recoveries == []
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["connections stay", "connections break"])
+def test_a_head_that_slept_for_longer_than_nodes_wait_goes_on_with_all(
+    model, head, folder, expected, monkeypatch, is_cut
+):
+    monkeypatch.setattr("localreason.cluster.member._SLEEP_SECONDS", 0.5)
+    prelude, told = "import localreason.cluster.inlet as inlet; inlet._SILENCE_SECONDS = 1.5", []
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(NodeProcess(folder, name, head, prelude=prelude)) for name in ("bed", "cot")]
+        relays = [stack.enter_context(Relay(node.port)) for node in nodes]
+        reached = [replace(node.address, port=relay.port) for node, relay in zip(nodes, relays, strict=True)]
+        ring = stack.enter_context(ring_of(model, head, reached, folder, tell=told.append))
+        ring.decode([Span(0, 0, PROMPT)])
+        asleep = threading.Event()
+
+        def sleep():
+            asleep.set()
+            for node in nodes:
+                node.wait_for("the head said nothing")
+            if is_cut:
+                for relay in relays:
+                    relay.cut()
+
+        ring._background.call(sleep)
+        assert asleep.wait(20)
+        ring.rewind(0, 0)
+        assert np.array_equal(script(ring), expected)
+        assert [name for name, _ in ring.timing.recoveries] == [HEAD], told
+        assert len(ring.placement.windows) == 3
+    assert not any("is lost" in text for text in told)
+
+
+def test_a_node_that_loads_for_long_does_not_cost_the_others_their_session(model, head, folder, expected, monkeypatch):
+    send = Member._send_part
+
+    async def send_late(member, *arguments):
+        if member.name == "modem" and not member.n_sent_bytes:
+            await asyncio.to_thread(fast.wait_for, "serving")
+            await asyncio.sleep(0.5)  # past what the other one waits for a word
+        await send(member, *arguments)
+
+    monkeypatch.setattr(Member, "_send_part", send_late)
+    hasty = "from localreason.cluster.inlet import Inlet; Inlet.next.__defaults__ = (0.4,)"
+    with NodeProcess(folder, "cable", head, prelude=hasty) as fast, NodeProcess(folder, "modem", head) as slow:
+        with ring_of(model, head, [fast, slow], folder) as ring:
+            assert np.array_equal(script(ring), expected)
+            assert ring.timing.recoveries == []
 
 
 def test_nodes_that_missed_the_head_stay_in_the_ring(model, head, spare, folder, expected):
