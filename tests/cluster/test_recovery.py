@@ -103,15 +103,18 @@ def test_a_node_that_loads_for_long_does_not_cost_the_others_their_session(model
     async def send_late(member, *arguments):
         if member.name == "modem" and not member.n_sent_bytes:
             await asyncio.to_thread(fast.wait_for, "serving")
-            await asyncio.sleep(0.5)  # past what the other one waits for a word
+            await asyncio.sleep(1.2)  # past what the other one waits for a word, by two beats
         await send(member, *arguments)
 
     monkeypatch.setattr(Member, "_send_part", send_late)
     hasty = "from localreason.cluster.inlet import Inlet; Inlet.next.__defaults__ = (0.4,)"
-    with NodeProcess(folder, "cable", head, prelude=hasty) as fast, NodeProcess(folder, "modem", head) as slow:
-        with ring_of(model, head, [fast, slow], folder) as ring:
-            assert np.array_equal(script(ring), expected)
-            assert ring.timing.recoveries == []
+    with (
+        NodeProcess(folder, "cable", head, prelude=hasty) as fast,
+        NodeProcess(folder, "modem", head) as slow,
+        ring_of(model, head, [fast, slow], folder) as ring,
+    ):
+        assert np.array_equal(script(ring), expected)
+        assert ring.timing.recoveries == []
 
 
 def test_nodes_that_missed_the_head_stay_in_the_ring(model, head, spare, folder, expected):
