@@ -218,6 +218,11 @@ class Store:
             if path.name.split(".")[0] not in self._used:
                 self._delete(path)
                 held -= size
+        if held + n_bytes > self.limit_bytes:
+            raise ClusterError(
+                f"the windows in use take {held} bytes and one more {n_bytes}; the cache's limit is "
+                f"{self.limit_bytes}, raise it"
+            )
         free = shutil.disk_usage(self.folder).free
         if free < n_bytes - begun:
             raise ClusterError(

@@ -133,8 +133,13 @@ def test_a_limit_drops_what_was_used_longest_ago_and_refuses_what_is_too_large(t
     build(store, file, 3, 4)
     assert paths[0].exists(), "used again since"
     assert not paths[1].exists()
+    session = Store(tmp_path, 3 * size)
     with pytest.raises(ClusterError, match="larger than the cache's limit"):
         build(Store(tmp_path, size), file, 0, 3)
+    for i in range(3):  # of one ring: none can be dropped for another
+        build(session, file, i, i + 1)
+    with pytest.raises(ClusterError, match=f"windows in use take {3 * size} bytes and one more {size}"):
+        build(session, file, 3, 4)
     assert store.clear() > 0
     assert store.entries() == []
 
