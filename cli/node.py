@@ -1,6 +1,7 @@
 """`localreason node`: lend this machine to a ring until stopped."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 import sys
@@ -147,4 +148,5 @@ async def _announce(name: str, id: str, port: int) -> None:
 
 
 def _show(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a node outlives the terminal that it was started in
+        print(line, file=sys.stderr, flush=True)

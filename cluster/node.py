@@ -190,10 +190,11 @@ class Node(service.RingServicer):
         session, self._session = self._session, None
         if session is not None:
             await asyncio.to_thread(session.close)
-            self._show(f"free again; {session.busy_seconds:.1f} s computed for {self._holder}")
         self._gate.introduce([])
-        self._holder = ""
+        holder, self._holder = self._holder, ""
         self._free.set()
+        if session is not None:
+            self._show(f"free again; {session.busy_seconds:.1f} s computed for {holder}")
 
     async def _serve(
         self, opening: wire.Open, inlet: Inlet, outgoing: "asyncio.Queue[wire.FromNode | None]", caller: str

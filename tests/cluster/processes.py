@@ -45,13 +45,15 @@ class NodeProcess:
             Peers(self.folder).add(head.certificate)
             Peers(head.folder).add(self.identity.certificate)
 
-    def start(self, port=None):
+    def command(self, port=None):
         port = port or _free_port()
         command = [*self._run, "node", *self._place, "--port", str(port), "--threads", "1", "--name", self.name]
-        command += ["--folder", str(self.folder), "--cache", str(self.cache), *self._flags]
+        return [*command, "--folder", str(self.folder), "--cache", str(self.cache), *self._flags]
+
+    def start(self, port=None):
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            self.command(port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
         assert self.process.stdout is not None
         self._listener = threading.Thread(target=self._listen, args=[self.process.stdout])

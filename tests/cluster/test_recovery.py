@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import os
 import queue
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -127,6 +129,20 @@ def test_nodes_that_missed_the_head_stay_in_the_ring(model, head, spare, folder,
         assert [name for name, _ in ring.timing.recoveries] == [HEAD]
         assert len(ring.placement.windows) == 3
     assert not any("is lost" in text for text in told)
+
+
+def test_a_node_outlives_the_terminal_that_it_was_started_in(model, head, folder, expected):
+    node = NodeProcess(folder, "shed", head)
+    reader, writer = os.pipe()
+    with subprocess.Popen(node.command(), stdout=writer, stderr=writer) as process:
+        os.close(writer)
+        with os.fdopen(reader) as terminal:
+            node.port = next(int(line.rsplit(" ", 1)[1]) for line in terminal if "listening on port" in line)
+            assert "is ready" in next(terminal)
+        for _ in range(2):
+            with ring_of(model, head, [node], folder) as ring:
+                assert np.array_equal(script(ring), expected)
+        process.terminate()
 
 
 def test_a_node_that_another_head_took_meanwhile_is_done_without(model, head, spare, folder, expected, monkeypatch):
