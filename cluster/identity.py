@@ -26,6 +26,8 @@ from .errors import ClusterError, ProtocolError
 
 MOST_NAME = 64
 """Bytes, or of a name that is no more than shown, characters."""
+MOST_TEXT = 1000
+"""Characters of a reason that is shown."""
 OFF_DATE = "has a certificate that holds"
 _MOST_PEM_BYTES = 4096
 _LOCK_SECONDS = 10.0

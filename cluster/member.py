@@ -13,7 +13,7 @@ from ..quant.gguf import ModelFile, Part, Window
 from .codec import PROTOCOL
 from .discovery import write_peer
 from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
-from .identity import shown
+from .identity import MOST_TEXT, shown
 from .link import Link, measure_link
 from .node import BEAT_SECONDS
 from .store import Recipe
@@ -30,9 +30,10 @@ _CHUNK_SECONDS = 60.0
 _CONNECT_SECONDS = 15.0
 _PROFILE_SECONDS = 60.0
 _LOAD_SECONDS = 600.0
+_MOST_WORDS = 8
+"""That wait to be read; a node says one at a time."""
 _CHUNK = 1 << 20
 _OPEN_SECONDS = 2.0
-_MOST_TEXT = 1000
 UNTRUSTED = "does not trust this machine any more; pair again with `localreason cluster pair`"
 STRANGER = "is another machine than the one that was paired; pair again with `localreason cluster pair`"
 _NO_TLS = "answers without encryption: it runs with --plaintext, or is no node"
@@ -80,7 +81,7 @@ class Member:
         self._dialer = dialer
         self._channel: grpc.aio.Channel | None = None
         self._outgoing: asyncio.Queue[wire.ToNode] = asyncio.Queue(8)
-        self._incoming: asyncio.Queue[wire.FromNode] = asyncio.Queue()
+        self._incoming: asyncio.Queue[wire.FromNode] = asyncio.Queue(_MOST_WORDS)
         self._tasks: list[asyncio.Task[None]] = []
         self._call: grpc.aio.StreamStreamCall[wire.ToNode, wire.FromNode] | None = None
         self._heard = 0.0
@@ -246,8 +247,11 @@ class Member:
                         self.busy_seconds = message.beat.busy_seconds
                     continue
                 if kind == "failure":
-                    message.failure.text = shown(message.failure.text, _MOST_TEXT)
+                    message.failure.text = shown(message.failure.text, MOST_TEXT)
                     self._lose(f"failed: {message.failure.text}", message.failure)
+                    return
+                if self._incoming.qsize() >= _MOST_WORDS - 1:
+                    self._lose("says what nobody asked; update localreason there")
                     return
                 self._incoming.put_nowait(message)
             self._lose("ended the session")
@@ -309,4 +313,4 @@ def reason(error: grpc.aio.AioRpcError) -> str:
         return UNTRUSTED
     if code is grpc.StatusCode.UNAVAILABLE:
         return _UNREACHABLE
-    return f"failed: {shown(error.details() or '', _MOST_TEXT)}"
+    return f"failed: {shown(error.details() or '', MOST_TEXT)}"

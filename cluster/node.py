@@ -20,7 +20,7 @@ import grpc
 from ..runtime.errors import LocalReasonError
 from .codec import LONGEST_MESSAGE, PROTOCOL
 from .errors import ClusterError, HeadLost, NextLost, NodeBusy, ProtocolError
-from .identity import MOST_NAME, shown
+from .identity import MOST_NAME, MOST_TEXT, shown
 from .inlet import Inlet, read_options, read_recipe
 from .link import measured
 from .session import Session, Terms
@@ -30,7 +30,7 @@ from .wire import ring_pb2_grpc as service
 
 BEAT_SECONDS = 0.5
 _STEP_SECONDS = 60.0
-"""Longest wait for the next node to take a step."""
+"""Longest wait for the next node or the head to take a step."""
 _FREE_SECONDS = 3.0
 """How long a head waits for a node that another one has before it is told so."""
 _MOST_ECHO = 4 << 20
@@ -272,7 +272,12 @@ class Node(service.RingServicer):
             return
         if words.get("role") == "out":
             while (step := await session.results.get()) is not None:
-                await context.write(step)
+                try:
+                    async with asyncio.timeout(_STEP_SECONDS):
+                        await context.write(step)
+                except TimeoutError:
+                    session.fail(HeadLost(f"the head took no result for {_STEP_SECONDS:.0f} s; the session is over"))
+                    return
             return
         try:
             async for step in request_iterator:

@@ -10,11 +10,14 @@ import asyncio
 import contextlib
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from ..runtime.errors import LocalReasonError
 from .codec import pack_rows, unpack_rows, unpack_spans
@@ -22,11 +25,18 @@ from .errors import NodeLost, ProtocolError
 from .window import LayerWindow, WindowOptions
 from .wire import ring_pb2 as wire
 
+if sys.platform != "win32":
+    import resource
+
 log = logging.getLogger("localreason.node")
 _HANG_SECONDS, _HANG_FACTOR = 3.0, 10.0
 """A step hangs that takes both this long and so many times the slowest one for as many tokens."""
+_N_FAULTS = 4
+"""Page faults between two looks that tell a step that reads; each may bring megabytes."""
 _MOST_WAITING = 64
 """Steps; a head has far fewer in flight."""
+_MOST_WORDS = 1 << 20
+"""Bytes of a step besides its rows."""
 
 
 @dataclass(slots=True)
@@ -68,6 +78,8 @@ class Session:
         self._thread: threading.Thread | None = None
         self._running: tuple[float, int] | None = None
         """When the step under way began, and its tokens."""
+        self._n_faults = 0
+        """Those at the last look."""
         self._slowest = 0.0
         """Seconds a token of the slowest step so far."""
 
@@ -107,8 +119,11 @@ class Session:
         """Queue a step that came from the neighbour. Raises ProtocolError."""
         if step.hop not in self._hops:
             raise ProtocolError(f"a step for window {step.hop} came; this node has {self._order}")
-        if self._inbox.qsize() >= _MOST_WAITING:
+        if self._inbox.qsize() + self.results.qsize() >= _MOST_WAITING:
             raise ProtocolError(f"{_MOST_WAITING} steps wait already; a head sends fewer")
+        most = 4 * self.terms.options.n_batch * self._hops[step.hop].window.n_embd + _MOST_WORDS
+        if (n_bytes := step.ByteSize()) > most:  # before it waits, for many of the longest messages would fill a memory
+            raise ProtocolError(f"a step of {n_bytes} bytes came; {most} are the most")
         self._inbox.put(step)
 
     def _work(self) -> None:
@@ -129,10 +144,13 @@ class Session:
             self._slowest = max(self._slowest, seconds / n_tokens)
 
     def watch(self) -> None:
-        """End the session where a step takes far longer than any before it: a device or a disk that hangs."""
-        if self._running is None or not self._slowest or self.terms.is_disk_used:
+        """End the session where a step takes far longer than any before it: a device or a disk that hangs. One that
+        reads weights, which the system threw out of memory while nothing was asked, does not."""
+        n_faults, running = page_faults(), self._running
+        is_reading, self._n_faults = n_faults - self._n_faults >= _N_FAULTS, n_faults
+        if running is None or not self._slowest or self.terms.is_disk_used or is_reading:
             return
-        started, n_tokens = self._running
+        started, n_tokens = running
         seconds, limit = time.perf_counter() - started, max(_HANG_SECONDS, _HANG_FACTOR * self._slowest * n_tokens)
         if seconds > limit:
             self.fail(NodeLost(f"a step has taken {seconds:.0f} s, more than {limit:.0f} s: this machine hangs"))
@@ -173,6 +191,13 @@ class Session:
         self._call(self.results.put_nowait, None)
         if self._thread is not None:
             self._thread.join()
+
+
+def page_faults() -> int:
+    """How often this process has waited for a page to be read; on Windows also for those that were in memory."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().num_page_faults
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def apply(window: LayerWindow, operations: list[wire.Operation]) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import socket
+import struct
 import threading
 import time
 from dataclasses import replace
@@ -443,6 +444,14 @@ def opening(**changes):
     return wire.Open(**{**values, "cache_type": "f16", "windows": [wire.WindowFile()], **changes})
 
 
+def named(architecture):
+    """A window's header of this architecture, with nothing else in it."""
+    texts = [len(text).to_bytes(8, "little") + text.encode() for text in ("general.architecture", architecture)]
+    number = struct.Struct("<I").pack
+    header = b"GGUF" + number(3) + struct.pack("<QQ", 0, 1) + texts[0] + number(8) + texts[1]
+    return header.ljust(-(-len(header) // 32) * 32, b"\0")
+
+
 class TestHostileHeads:
     """A paired head that does not keep to the protocol ends its session and nothing else."""
 
@@ -478,6 +487,10 @@ class TestHostileHeads:
             (wire.ToNode(open=opening(windows=[wire.WindowFile(header=bytes(33))])), "33 bytes of header"),
             (wire.ToNode(open=opening(windows=[wire.WindowFile(source_name="../x")])), "names have no folders"),
             (wire.ToNode(open=opening(windows=[wire.WindowFile(header=b"GGUF" + bytes(60))])), "GGUF"),
+            (
+                wire.ToNode(open=opening(windows=[wire.WindowFile(header=named("\x1b[2J"))])),
+                "windows of a  [2J are",
+            ),
             (wire.ToNode(open=opening(windows=[wire.WindowFile(header=secrets.token_bytes(64))])), "GGUF"),
             (wire.ToNode(chunk=wire.Chunk()), "chunk came where open was awaited"),
             (wire.ToNode(), "came where open was awaited"),

@@ -1,6 +1,7 @@
 """A session's thread with windows that are played: nothing is left open, nothing waits for what nobody wants."""
 
 import asyncio
+import itertools
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from localreason.cluster import session as module
 from localreason.cluster.codec import pack_rows, pack_spans
-from localreason.cluster.errors import NodeLost
+from localreason.cluster.errors import NodeLost, ProtocolError
 from localreason.cluster.session import Session, Terms
 from localreason.cluster.window import WindowOptions
 from localreason.cluster.wire import ring_pb2 as wire
@@ -161,6 +162,25 @@ def test_a_fault_of_our_own_is_told_to_the_head_too(windows):
     assert "ZeroDivisionError: by a window" in str(asyncio.run(run()))
 
 
+def test_a_step_is_refused_that_is_too_large_or_whose_head_takes_no_results(windows):
+    async def run():
+        held = session()
+        await held.load(FILES)
+        long = step(0)
+        long.rows.scales = bytes(2 << 20)
+        with pytest.raises(ProtocolError, match="a step of 2097"):
+            held.take(long)
+        for number in range(64):
+            held.take(step(number))
+            while held.results.qsize() <= number:
+                await asyncio.sleep(0)
+        with pytest.raises(ProtocolError, match="64 steps wait already"):
+            held.take(step(64))
+        await close(held)
+
+    asyncio.run(asyncio.wait_for(run(), SECONDS))
+
+
 @pytest.mark.parametrize("is_disk_used", [False, True])
 def test_a_step_that_takes_far_longer_than_any_before_ends_the_session(windows, monkeypatch, is_disk_used):
     monkeypatch.setattr(module, "_HANG_SECONDS", 0.0)
@@ -183,6 +203,12 @@ def test_a_step_that_takes_far_longer_than_any_before_ends_the_session(windows, 
         assert not held.failure.done(), "nothing is running"
         held.take(step(1))
         assert await asyncio.to_thread(hangs.wait, SECONDS)
+        monkeypatch.setattr(module, "page_faults", itertools.count(1000, 4).__next__)
+        for _ in range(3):  # weights that were thrown out of memory are read again
+            held.watch()
+            assert not held.failure.done()
+        monkeypatch.setattr(module, "page_faults", lambda: 2000)
+        held.watch()
         if is_disk_used:  # a disk may take its time
             held.watch()
             assert not held.failure.done()
