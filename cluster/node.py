@@ -10,7 +10,7 @@ import hmac
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -104,8 +104,13 @@ class Node(service.RingServicer):
         await self._admit(context)
         device = ""
         if request.types:
-            async with self._profiling:  # two at once would measure each other
-                device = await self._profile(request.types, context)
+            # A measurement goes on when its caller is gone, and keeps others away until it is done.
+            measuring = asyncio.create_task(self._profile(list(request.types)))
+            measuring.add_done_callback(lambda task: task.cancelled() or task.exception())
+            try:
+                device = await asyncio.shield(measuring)
+            except LocalReasonError as error:
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return wire.DescribeReply(
             protocol=PROTOCOL,
             name=self._options.name,
@@ -115,16 +120,13 @@ class Node(service.RingServicer):
             unix_seconds=time.time(),
         )
 
-    async def _profile(self, types: Iterable[str], context: Any) -> str:
+    async def _profile(self, types: list[str]) -> str:
         """JSON of the Device; nothing while a head has the node, whose work and the measurement would disturb each
-        other."""
-        if self._holder:
-            return ""
-        try:
+        other as two measurements would."""
+        async with self._profiling:
+            if self._holder:
+                return ""
             return await asyncio.to_thread(self._options.profile, [name for name in types if len(name) < 16][:32])
-        except LocalReasonError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-            raise
 
     async def Echo(self, request: wire.EchoRequest, context: Any) -> wire.EchoReply:
         await self._admit(context, is_head=False)
@@ -171,12 +173,15 @@ class Node(service.RingServicer):
             self._holder, is_mine = shown(opening.open.head, MOST_NAME) or "a head", True
             self._free.clear()
             await outgoing.put(wire.FromNode(beat=wire.Beat(is_held=True)))
+            async with self._profiling:
+                pass  # no other begins any more
             await self._serve(opening.open, inlet, outgoing, caller)
         except LocalReasonError as error:
-            self._show(f"{self._options.name}: {error}")
-            log.warning("%s", error)
+            text = shown(str(error), MOST_TEXT)
+            self._show(f"{self._options.name}: {text}")
+            log.warning("%s", text)
             missed = _MISSED.get(type(error), wire.NOBODY)
-            failure = wire.Failure(text=str(error), is_busy=isinstance(error, NodeBusy), missed=missed)
+            failure = wire.Failure(text=text, is_busy=isinstance(error, NodeBusy), missed=missed)
             await outgoing.put(wire.FromNode(failure=failure))
         finally:
             if is_mine:

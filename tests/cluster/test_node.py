@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import threading
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,44 @@ def test_a_node_is_not_measured_while_it_works_for_another_head(folder):
 
     busy = asyncio.run(asyncio.wait_for(ask(), 20))
     assert (busy.held_by, busy.device, measured) == ("x", "", [])
+
+
+def test_a_measurement_goes_on_without_its_caller_and_keeps_others_and_sessions_away(folder):
+    begun, go_on, n_running, most = threading.Event(), threading.Event(), [], []
+
+    def measure(types):
+        n_running.append(1)
+        most.append(len(n_running))
+        begun.set()
+        go_on.wait(20)
+        n_running.pop()
+        return "{}"
+
+    async def ask():
+        async with member_of_node(folder, measure) as member:
+            first = asyncio.create_task(member.describe(["Q8_0"]))
+            assert await asyncio.to_thread(begun.wait, 20)
+            first.cancel()
+            again = asyncio.create_task(member.describe(["Q8_0"]))
+
+            async def say():
+                yield wire.ToNode(open=opening(cache_type="none"))
+                await asyncio.Event().wait()
+
+            async with PlainGate().channel(member.address.host, member.address.port, "") as channel:
+                holding = service.RingStub(channel).Hold(say())
+                said = []
+                while said[-1:] != ["failure"]:
+                    message = await holding.read()
+                    said.append(message.WhichOneof("message"))
+                    if len(said) == 3:
+                        assert said == ["beat"] * 3, "the opening is looked at after the measurement"
+                        go_on.set()
+                holding.cancel()
+            assert (await again).device == ""
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
+    assert most == [1]
 
 
 def test_a_busy_node_is_measured_once_it_is_free(tmp_path, monkeypatch):
