@@ -78,7 +78,8 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     named = None if wanted is None else named_windows(wanted, file, [one.name for one in seen])
     if not nodes:
         tell("no node can be used; this machine works alone")
-        return Model.open(path, options)
+        if named is not None or not config.settings.disk:
+            return Model.open(path, options)
     n_context = options.n_context or min(options.n_needed or N_CONTEXT, file.n_context_train * options.n_sequences)
     n_threads = options.n_threads or physical_cores()
     if named is None:
@@ -94,8 +95,10 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
 
         cache_type, (place, first) = with_cache_type(file, options.cache_type, find)
         if len(first.windows) == 1:
-            tell("this machine alone is expected to be the fastest; --windows shares the layers all the same")
-            return Model.open(path, options)
+            if nodes:
+                tell("this machine alone is expected to be the fastest; --windows shares the layers all the same")
+            if not first.is_disk_used:  # weights that do not fit are read from disk in a window only
+                return Model.open(path, options)
         if cache_type != (options.cache_type or "f16"):
             tell(f"the cache is of {cache_type}: f16 does not hold {n_context} tokens")
     else:

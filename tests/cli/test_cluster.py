@@ -10,16 +10,23 @@ import time
 from dataclasses import replace
 from subprocess import PIPE
 
+import pytest
+
 from localreason.cli.config import load
 from localreason.cli.doctor import clock_row, look_at_nodes
-from localreason.cli.ring import find_nodes, measure_machines
+from localreason.cli.ring import find_nodes, measure_machines, open_ring
+from localreason.cluster.costs import Links
+from localreason.cluster.device import Device
 from localreason.cluster.formation import HEAD, Assignment, Placement
 from localreason.cluster.home import Home
 from localreason.cluster.identity import Identity, Peers
+from localreason.cluster.placing import model_costs
 from localreason.cluster.ring import RingEngine, RingOptions
 from localreason.cluster.store import Store
 from localreason.cluster.wire.ring_pb2 import DescribeReply
 from localreason.quant.gguf import ModelFile
+from localreason.runtime.engine import Span
+from localreason.runtime.llama import EngineOptions
 from tests.cluster.processes import RUN, Head, NodeProcess
 from tests.gguf_models import write_model
 
@@ -211,6 +218,23 @@ def test_nodes_that_cannot_be_measured_are_named_and_left_out(tmp_path, capsys):
     said = capsys.readouterr().err
     assert re.search(r"gone \S.*; going on without it", said)
     assert "strange: a device came with missing or unknown fields" in said
+
+
+@pytest.mark.parametrize("is_disk_allowed", [True, False])
+def test_a_model_that_this_machine_alone_has_to_read_from_disk_is_opened_so(tmp_path, monkeypatch, is_disk_allowed):
+    path = write_model(tmp_path / "tiny.gguf", n_layers=4)
+    file = ModelFile(path)
+    costs = model_costs(file, 256, "f16", "f32")
+    n_bytes = costs.needed_bytes + costs.scratch_bytes - sum(costs.layer_bytes) // 2
+    device = Device("head", n_bytes, {"F32": 1e9}, {"F32": 1e9}, 1e9, disk_sequential=1e9)
+    monkeypatch.setattr("localreason.cli.ring.find_nodes", lambda *_: [])
+    monkeypatch.setattr("localreason.cli.ring.measure_machines", lambda *_: ([device], Links()))
+    settings = {"disk": is_disk_allowed, "cluster_folder": str(tmp_path), "cluster_cache": str(tmp_path / "cache")}
+    with contextlib.closing(open_ring(path, EngineOptions(256, 1, 1), load(settings)).engine) as engine:
+        assert isinstance(engine, RingEngine) == is_disk_allowed
+        if isinstance(engine, RingEngine):
+            assert engine.placement.is_disk_used
+        assert engine.decode([Span(0, 0, [1], 1)]).shape == (1, engine.n_vocab)
 
 
 def test_a_silent_machine_is_not_asked_once_for_each_pairing_nor_called_distrustful(tmp_path):
