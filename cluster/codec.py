@@ -1,7 +1,8 @@
 """Arrays and batches to wire messages and back; what comes in is checked before it is believed.
 
 Activations go as raw little-endian float32, so that a ring gives the bits of one machine. float16 halves the bytes and
-int8 (with a float32 scale a row) quarters them, both at a cost in exactness that `bench/ring.py` measures.
+int8 quarters them, both with a float32 scale a row, for some models' activations pass what float16 holds, and both at a
+cost in exactness that `bench/ring.py` measures.
 """
 
 import numpy as np
@@ -17,17 +18,20 @@ LONGEST_MESSAGE = 32 << 20
 """Bytes; a larger message ends its stream before it is read."""
 ROW_TYPES = {"f32": wire.F32, "f16": wire.F16, "i8": wire.I8}
 _DTYPES = {wire.F32: np.dtype("<f4"), wire.F16: np.dtype("<f2"), wire.I8: np.dtype("i1")}
+_LARGEST = {wire.F16: np.float32(65504), wire.I8: np.float32(127)}
 VALUE_BYTES = {name: _DTYPES[kind].itemsize for name, kind in ROW_TYPES.items()}
 """Bytes of one number of an activation on the wire."""
 
 
 def pack_rows(rows: NDArray[np.float32], row_type: wire.RowType) -> wire.Rows:
     """Rows of activations, shape (n_tokens, n_embd), as a message."""
-    if row_type == wire.I8:
-        scales = np.abs(rows).max(axis=1, keepdims=True).astype("<f4") / 127
-        data = np.rint(rows / np.where(scales == 0, 1, scales)).astype(np.int8)
-        return wire.Rows(type=wire.I8, data=data.tobytes(), scales=scales.tobytes())
-    return wire.Rows(type=row_type, data=rows.astype(_DTYPES[row_type], copy=False).tobytes())
+    if row_type == wire.F32:
+        return wire.Rows(type=wire.F32, data=rows.astype("<f4", copy=False).tobytes())
+    with np.errstate(invalid="ignore"):  # what is no number stays none, and the logits tell
+        scales = np.abs(rows).max(axis=1, keepdims=True).astype("<f4") / _LARGEST[row_type]
+        values = rows / np.where(scales == 0, 1, scales)
+        data = (np.rint(values) if row_type == wire.I8 else values).astype(_DTYPES[row_type])
+    return wire.Rows(type=row_type, data=data.tobytes(), scales=scales.tobytes())
 
 
 def unpack_rows(message: wire.Rows, n_tokens: int, n_embd: int) -> NDArray[np.float32]:
@@ -36,7 +40,7 @@ def unpack_rows(message: wire.Rows, n_tokens: int, n_embd: int) -> NDArray[np.fl
     if dtype is None:
         raise ProtocolError(f"activations of type {message.type} came; this version knows {', '.join(ROW_TYPES)}")
     wanted = n_tokens * n_embd * dtype.itemsize
-    n_scales = 4 * n_tokens if message.type == wire.I8 else 0
+    n_scales = 0 if message.type == wire.F32 else 4 * n_tokens
     if len(message.data) != wanted or len(message.scales) != n_scales:
         raise ProtocolError(
             f"activations of {len(message.data)} bytes came for {n_tokens} rows of {n_embd}; {wanted} were expected"
@@ -44,8 +48,6 @@ def unpack_rows(message: wire.Rows, n_tokens: int, n_embd: int) -> NDArray[np.fl
     rows = np.frombuffer(message.data, dtype).reshape(n_tokens, n_embd)
     if message.type == wire.F32:
         return rows.astype(np.float32, copy=False)
-    if message.type == wire.F16:
-        return rows.astype(np.float32)
     scales = np.frombuffer(message.scales, "<f4").reshape(n_tokens, 1)
     return (rows * scales).astype(np.float32)
 

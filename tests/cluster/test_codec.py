@@ -15,7 +15,7 @@ from localreason.cluster.wire import ring_pb2 as wire
 from localreason.runtime.engine import Span
 
 ROWS = arrays.arrays(
-    np.float32, arrays.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.floats(-6e4, 6e4, width=32)
+    np.float32, arrays.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.floats(-1e6, 1e6, width=32)
 )
 
 
