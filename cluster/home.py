@@ -146,7 +146,12 @@ class Home:
             return Seen(found.name, found.id, None, problem)
         peer = next(peer for peer in self.peers.list() if peer.id == found.id)
         problem = "announces no address that can be reached"
-        addresses = [Address(peer.name, host, found.port, peer.certificate.decode()) for host in found.addresses]
+        hosts = found.addresses
+        addresses = [
+            # The zone of a link-local address is this machine's.
+            Address(peer.name, host, found.port, peer.certificate.decode(), tuple(h for h in hosts if "%" not in h))
+            for host in hosts
+        ]
         # Anybody can announce addresses that swallow what is sent: all are asked at once, without the slow profile.
         asking = [asyncio.create_task(self._ask(address, found.id, [])) for address in addresses]
         try:

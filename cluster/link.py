@@ -75,6 +75,27 @@ def _is_possible(seconds: float, width: float) -> bool:
     return 0 <= seconds < _CALL_SECONDS and 1 <= width < 1e12
 
 
+async def answering(channels: list[grpc.aio.Channel]) -> grpc.aio.Channel:
+    """The first of several ways to a machine that answers, or the first where none does; the others are closed."""
+
+    async def ask(channel: grpc.aio.Channel) -> grpc.aio.Channel:
+        await service.RingStub(channel).Echo(wire.EchoRequest(), timeout=_CALL_SECONDS)
+        return channel
+
+    best, asking = channels[0], [asyncio.create_task(ask(channel)) for channel in channels]
+    try:
+        for answered in asyncio.as_completed(asking):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                best = await answered
+                break
+    finally:
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        await asyncio.gather(*(channel.close() for channel in channels if channel is not best))
+    return best
+
+
 async def measured(stub: service.RingStub) -> wire.Connected:
     """What a node says of its link to the next one; nothing where that cannot be timed, for the ring runs without."""
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):

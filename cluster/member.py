@@ -49,12 +49,14 @@ class Dialer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a paired node listens, and its certificate (PEM; empty in plain text)."""
+    """Where a paired node listens, and its certificate (PEM; empty in plain text). Where else it announces itself may
+    be how another machine reaches it."""
 
     name: str
     host: str
     port: int
     certificate: str = ""
+    other_hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,12 @@ class Member:
         Raises NodeLost."""
         target = wire.Connect()
         if following is not None:
-            target = wire.Connect(host=following.host, port=following.port, certificate=following.certificate)
+            target = wire.Connect(
+                host=following.host,
+                port=following.port,
+                certificate=following.certificate,
+                other_hosts=following.other_hosts,
+            )
         await self._outgoing.put(wire.ToNode(connect=target))
         message = await self._next(_CONNECT_SECONDS)
         if message.WhichOneof("message") != "connected":

@@ -22,7 +22,7 @@ from .codec import LONGEST_MESSAGE, PROTOCOL
 from .errors import ClusterError, HeadLost, NextLost, NodeBusy, ProtocolError
 from .identity import MOST_NAME, MOST_TEXT, shown
 from .inlet import Inlet, read_options, read_recipe
-from .link import measured
+from .link import answering, measured
 from .session import Session, Terms
 from .store import Recipe, Store
 from .wire import ring_pb2 as wire
@@ -34,6 +34,7 @@ _STEP_SECONDS = 60.0
 _FREE_SECONDS = 3.0
 """How long a head waits for a node that another one has before it is told so."""
 _MOST_ECHO = 4 << 20
+_MOST_HOSTS = 16
 _MISSED = {NextLost: wire.NEXT, HeadLost: wire.HEAD}
 OPTIONS = [
     ("grpc.max_receive_message_length", LONGEST_MESSAGE),
@@ -224,9 +225,9 @@ class Node(service.RingServicer):
         async with contextlib.AsyncExitStack() as stack:
             tasks = [asyncio.create_task(inlet.drain())]
             if connect.host:
-                channel = await stack.enter_async_context(
-                    self._gate.channel(connect.host, connect.port, connect.certificate)
-                )
+                hosts = dict.fromkeys([connect.host, *connect.other_hosts[:_MOST_HOSTS]])
+                channels = [self._gate.channel(host, connect.port, connect.certificate) for host in hosts]
+                channel = await stack.enter_async_context(await answering(channels))
                 connected = await measured(service.RingStub(channel))
                 tasks.append(asyncio.create_task(_pump(session, channel)))
             else:

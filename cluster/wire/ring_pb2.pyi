@@ -164,14 +164,16 @@ class Chunk(_message.Message):
     def __init__(self, window: _Optional[int] = ..., part: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Connect(_message.Message):
-    __slots__ = ("host", "port", "certificate")
+    __slots__ = ("host", "port", "certificate", "other_hosts")
     HOST_FIELD_NUMBER: _ClassVar[int]
     PORT_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    OTHER_HOSTS_FIELD_NUMBER: _ClassVar[int]
     host: str
     port: int
     certificate: str
-    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., certificate: _Optional[str] = ...) -> None: ...
+    other_hosts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., certificate: _Optional[str] = ..., other_hosts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Loaded(_message.Message):
     __slots__ = ("n_received_bytes",)

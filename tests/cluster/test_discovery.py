@@ -456,7 +456,7 @@ def test_addresses_that_swallow_what_is_sent_do_not_hold_up_the_one_that_answers
     asked, given_up = [], []
 
     async def there(seconds, wanted):
-        return [Found("attic", peer.id, tuple(f"10.0.0.{i}" for i in range(1, 5)), 7411, 1)]
+        return [Found("attic", peer.id, (*(f"10.0.0.{i}" for i in range(1, 5)), "fe80::1%eth0"), 7411, 1)]
 
     async def ask(self, address, id, types):
         asked.append((address.host, types))
@@ -474,8 +474,10 @@ def test_addresses_that_swallow_what_is_sent_do_not_hold_up_the_one_that_answers
     [seen] = asyncio.run(asyncio.wait_for(home.survey(1, types=["F32"]), 5))
     assert seen.address is not None
     assert seen.address.host == "10.0.0.4"
-    assert asked == [*((f"10.0.0.{i}", []) for i in range(1, 5)), ("10.0.0.4", ["F32"])]
-    assert given_up == ["10.0.0.1", "10.0.0.3"]
+    ways = [f"10.0.0.{i}" for i in range(1, 5)]
+    assert asked == [*((host, []) for host in [*ways, "fe80::1%eth0"]), ("10.0.0.4", ["F32"])]
+    assert given_up == ["10.0.0.1", "10.0.0.3", "fe80::1%eth0"]
+    assert seen.address.other_hosts == tuple(ways), "a zone means nothing on another machine"
 
 
 def test_why_a_node_cannot_be_used():

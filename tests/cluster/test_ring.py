@@ -93,6 +93,22 @@ def test_neighbours_time_the_link_between_them(model, head, nodes, folder, tmp_p
     assert width > 1e6
 
 
+def test_a_neighbour_that_the_heads_address_does_not_lead_to_is_reached_by_another(
+    model, head, nodes, folder, expected, monkeypatch
+):
+    connect = Member.connect
+
+    def cut_off(member, following):
+        if following is not None:
+            following = replace(following, host="127.0.0.9", other_hosts=("127.0.0.8", "127.0.0.1"))
+        return connect(member, following)
+
+    monkeypatch.setattr(Member, "connect", cut_off)
+    with ring_of(model, head, nodes, folder) as ring:
+        assert np.array_equal(script(ring), expected)
+        assert ring.timing.recoveries == []
+
+
 def test_a_head_with_the_first_window_too(model, head, nodes, folder, expected):
     windows = (Assignment(HEAD, 0, 2), Assignment("attic", 2, 5), Assignment(HEAD, 5, 7))
     with ring_of(model, head, nodes[:1], folder, lambda _: Placement(windows)) as ring:
