@@ -41,13 +41,15 @@ from .identity import Identity, Peer, Peers, is_name, off_date, peer_name
 
 _MOST_CONNECTIONS = 4
 _CODE_SECONDS = 120.0
-_MOST_WAIT_SECONDS = 300.0
+_MOST_WAIT_SECONDS = 3600.0
+"""A node runs for months, and each failure is a guess at one of a million codes: 24 a day at most."""
 _N_TRIES = 3
 _MOST_SHOWN = 20
 _REASONS = {
     "version": "the other side speaks pairing version {version}, this one {ours}: update localreason on the older one",
     "busy": "the other side is pairing with another machine; try again in a minute",
-    "wait": "the last pairing there failed, and it waits before it shows a new code; try again in {seconds} s",
+    "wait": "the last pairing there failed, and it waits before it shows a new code; try again in {seconds} s, or "
+    "start the node there anew",
     "expired": "the code is not valid any more; run the command again for a new one",
     "code": "the code is wrong, or somebody sits between the two machines; run the command again for a new code",
     "clock": "this machine's certificate does not hold by the clock there; set the clock that is wrong, delete "

@@ -125,19 +125,19 @@ def test_a_wrong_code_stores_nothing_and_the_old_code_is_dead(node, head):
     asyncio.run(run())
 
 
-def test_failures_make_the_wait_double_up_to_five_minutes(node, head):
+def test_failures_make_the_wait_double_up_to_an_hour(node, head):
     async def run():
         clock, waits = Clock(), []
         async with pairing(node, clock=clock) as (port, screen):
-            for _ in range(11):
+            for _ in range(14):
                 with pytest.raises(PairingFailed, match="the code is wrong"):
                     await attempt(head, port, lambda prompt: wrong(screen.codes[-1]))
                 with pytest.raises(PairingFailed, match="try again in") as caught:
                     await attempt(head, port, lambda prompt: "")
                 waits.append(int(re.search(r"in (\d+) s", str(caught.value))[1]))
                 clock.now += waits[-1] + 0.01
-            assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
-            assert len(screen.codes) == 11
+            assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 3600, 3600]
+            assert len(screen.codes) == 14
 
     asyncio.run(run())
 
