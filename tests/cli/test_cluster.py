@@ -237,7 +237,8 @@ def test_a_model_that_this_machine_alone_has_to_read_from_disk_is_opened_so(tmp_
         assert engine.decode([Span(0, 0, [1], 1)]).shape == (1, engine.n_vocab)
 
 
-def test_a_silent_machine_is_not_asked_once_for_each_pairing_nor_called_distrustful(tmp_path):
+def test_a_silent_machine_is_not_asked_once_for_each_pairing_nor_called_distrustful(tmp_path, monkeypatch):
+    monkeypatch.setattr("localreason.cluster.member._CALL_SECONDS", 1.0)
     laptop = Head(tmp_path)
     for name in ("attic", "desk", "phone"):
         Peers(laptop.folder).add(Identity.load(tmp_path / name, name).certificate)
@@ -245,7 +246,7 @@ def test_a_silent_machine_is_not_asked_once_for_each_pairing_nor_called_distrust
         started = time.monotonic()
         [seen] = asyncio.run(Home(laptop.folder).survey(0, [f"127.0.0.1:{silent.getsockname()[1]}"]))
     assert "did not answer in time" in seen.problem
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 2.9, "one call, and a look at whether anybody listens"
 
 
 def test_what_is_for_a_ring_only_is_refused_without_one(run):
