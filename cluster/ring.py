@@ -19,7 +19,7 @@ from ..runtime.errors import ContextFull, DecodeFailed
 from .background import Background
 from .codec import ROW_TYPES, pack_rows, pack_spans, unpack_rows
 from .costs import N_UNDER_WAY
-from .errors import ClusterError, NodeBusy, NodeLost, ProtocolError
+from .errors import ClusterError, NodeBusy, NodeLost, PlanImpossible, ProtocolError
 from .formation import HEAD, Formation, Lost, Placement, Returned
 from .journal import Entry, Journal, Memory
 from .link import LinkBook
@@ -36,6 +36,8 @@ _STEP_SECONDS = 120.0
 _BUSY_SECONDS = 20.0
 """How long nodes are waited for that another head has, or that a machine that slept does not reach at once."""
 _AGAIN_SECONDS = 1.0
+_RETURN_SECONDS = 30.0
+"""How long a lost node is waited for without which the model does not fit."""
 Placer = Callable[[list[str]], Placement]
 """From the names of the nodes that are there to the windows. Raises PlanImpossible."""
 
@@ -154,7 +156,13 @@ class RingEngine:
         deadline = time.monotonic() + _BUSY_SECONDS
         while True:
             self._store.forget_used()
-            placement = self._place(self._roster.present)
+            try:
+                placement = self._place(self._roster.present)
+            except PlanImpossible:
+                # A network that was gone for a moment, or a machine that is started again, need not cost the answer.
+                if not self._roster.await_return(_RETURN_SECONDS):
+                    raise
+                continue
             options = self._options
             window_options = WindowOptions(self.n_context, self.n_sequences, self.n_batch, options.cache_type)
             formation = Formation(self._file, placement, window_options, ROW_TYPES[options.row_type])

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Callable
 
@@ -25,6 +26,10 @@ class Roster:
         self._dialer, self._background, self._tell = dialer, background, tell
         self._absent: set[str] = set()
         self._returned: set[str] = set()
+        self._is_any_back = threading.Event()
+        """Set while one has returned."""
+        self._is_vain = False
+        """True where a return was waited for in vain, until another loss."""
         self._back: dict[str, float] = {}
         """When a node came back."""
         self._pauses: dict[str, float] = {}
@@ -49,7 +54,19 @@ class Roster:
         pause = min(_LONGEST_SECONDS, 2 * self._pauses[name]) if is_again else _RETRY_SECONDS
         self._pauses[name], self._due[name] = pause, time.monotonic() + pause - _RETRY_SECONDS
         self._absent.add(name)
+        self._is_vain = False
         self._background.call(self._look)
+
+    def await_return(self, seconds: float) -> bool:
+        """Whether a lost node answers again in time; then it counts among those that are there. After a wait in vain
+        the next questions are not kept waiting too."""
+        if not self._absent or self._is_vain:
+            return False
+        self._tell(f"the model does not fit without {', '.join(sorted(self._absent))}; waiting for {seconds:.0f} s")
+        self._is_vain = not self._is_any_back.wait(seconds)
+        if not self._is_vain:
+            self.readmit()
+        return not self._is_vain
 
     def readmit(self) -> None:
         """Count those that answer again among those that are there."""
@@ -57,6 +74,7 @@ class Roster:
         self._tell(f"back again: {', '.join(sorted(returned))}")
         self._absent -= returned
         self._returned -= returned
+        self._is_any_back.clear()
         self._back |= dict.fromkeys(returned, time.monotonic())
 
     def _look(self) -> None:
@@ -73,8 +91,11 @@ class Roster:
                 # Another head may have it by now, or it went again.
                 if not is_free or name not in self._absent:
                     self._returned.discard(name)
+                    if not self._returned:
+                        self._is_any_back.clear()
                 elif name not in self._returned:
                     self._returned.add(name)
+                    self._is_any_back.set()
                     self._tell(f"{name} answers again and is used for the next request")
 
     async def _is_free(self, name: str) -> bool:

@@ -271,8 +271,12 @@ def test_losing_all_nodes_leaves_the_head_alone(model, head, spare, folder, expe
         assert ring.placement.windows == (Assignment(HEAD, 0, N_LAYERS),)
 
 
-def test_a_model_that_fits_nowhere_any_more_is_a_clear_error_until_a_node_is_back(model, head, spare, folder, expected):
-    back = threading.Event()
+def test_a_model_that_fits_nowhere_any_more_is_a_clear_error_until_a_node_is_back(
+    model, head, spare, folder, expected, monkeypatch
+):
+    monkeypatch.setattr("localreason.cluster.ring._RETURN_SECONDS", 0.1)
+    monkeypatch.setattr("localreason.cluster.roster._RETRY_SECONDS", 0.5)
+    back, told = threading.Event(), []
 
     def place(names):
         if len(names) < 2:
@@ -280,6 +284,7 @@ def test_a_model_that_fits_nowhere_any_more_is_a_clear_error_until_a_node_is_bac
         return evenly(names)
 
     def tell(text):
+        told.append(text)
         if "answers again" in text:
             back.set()
 
@@ -289,13 +294,39 @@ def test_a_model_that_fits_nowhere_any_more_is_a_clear_error_until_a_node_is_bac
         spare[0].kill()
         with pytest.raises(PlanImpossible, match="add a node"):
             ring.decode([Span(0, len(PROMPT), [1])])
+        assert sum("waiting for" in text for text in told) == 1
         ring.discard()
         with pytest.raises(PlanImpossible, match="add a node"):
             ring.decode([Span(0, len(PROMPT) + 1, [1])])
+        assert sum("waiting for" in text for text in told) == 1, "the next question is not kept waiting"
         ring.rewind(0, 0)
         spare[0].start(port)
         assert back.wait(20)
         assert np.array_equal(script(ring), expected)
+
+
+def test_an_answer_waits_a_moment_for_a_node_without_which_the_model_does_not_fit(
+    model, head, spare, folder, expected, monkeypatch
+):
+    monkeypatch.setattr("localreason.cluster.roster._RETRY_SECONDS", 0.2)
+    port, told = spare[0].port, []
+
+    def place(names):
+        if len(names) < 2:
+            raise PlanImpossible("the model takes 9 GiB and 4 are there; add a node")
+        return evenly(names)
+
+    def tell(text):
+        told.append(text)
+        if "does not fit without" in text:
+            spare[0].start(port)
+
+    with ring_of(model, head, spare, folder, place, tell=tell) as ring:
+        ring.decode([Span(0, 0, PROMPT)])
+        spare[0].kill()
+        ring.rewind(0, 0)
+        assert np.array_equal(script(ring), expected)
+        assert [name for name, _ in ring.timing.recoveries] == [spare[0].name], told
 
 
 def test_a_head_without_memory_for_its_new_share_leaves_the_other_node_free_for_the_next_attempt(
@@ -322,7 +353,8 @@ def test_a_head_without_memory_for_its_new_share_leaves_the_other_node_free_for_
         assert [text for text in told if " is lost" in text and not text.startswith(spare[1].name)] == []
 
 
-def test_a_node_that_comes_back_is_used_for_the_next_request(model, head, spare, folder):
+def test_a_node_that_comes_back_is_used_for_the_next_request(model, head, spare, folder, monkeypatch):
+    monkeypatch.setattr("localreason.cluster.roster._RETRY_SECONDS", 0.5)
     told, back = [], threading.Event()
 
     def tell(text):
