@@ -55,7 +55,7 @@ def chat(
     disk: Annotated[bool | None, config.flag("disk", "--disk/--no-disk")] = None,
     history: HistoryFile = None,
     light: Light = False,
-) -> None:
+) -> int:
     """Talk to a model in the terminal: its thinking in sight, folded once it answers, and under your keys.
 
     Esc stops, Ctrl+G asks for the answer now, Ctrl+T for longer thinking, F1 shows all keys. Conversations are kept
@@ -69,7 +69,8 @@ def chat(
     """
     settings = config.load({**context.params, "context": context_tokens})
     recipe = build.make_recipe(settings, insist)
-    if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):  # Textual draws on the last
+    streams = sys.stdin, sys.stdout, sys.stderr  # Textual draws on the last
+    if not all(stream is not None and stream.isatty() for stream in streams):
         raise InputError(
             "the chat needs a terminal, and its input or output is a file or a pipe; "
             "`localreason solve` answers a question without one"
@@ -91,14 +92,16 @@ def chat(
             app = ChatApp(backend, kept, recipe, settings.settings.preset, first, light)
             app.dialogue.controls = settings.settings.controls
             app.run()
-            is_opening = app.chat.is_opening
+            is_opening, code = app.chat.is_opening, app.return_code
+            app.dialogue.store()  # what the chat could not store at its end
     finally:
         if not is_opening:
             backend.close()
     if is_opening:
         # A download or llama.cpp goes on in a thread, and Python would wait for what they end with.
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(code or 0)
+    return code or 0
 
 
 def _default_history() -> Path:

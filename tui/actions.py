@@ -7,6 +7,7 @@ from textual.widget import Widget
 
 from . import export
 from .menus import Menus
+from .told import told
 from .widgets.question import Question
 from .widgets.reply import ReplyTurn
 from .widgets.turn import Turn
@@ -125,26 +126,25 @@ class Chat(Menus):
 
     async def _reply_again(self, turn: Turn | None) -> None:
         """Another version of a reply, if the context holds its question."""
-        if not isinstance(turn, ReplyTurn) or not self.is_ready():
+        # By now it may be another conversation.
+        if not isinstance(turn, ReplyTurn) or turn not in self.transcript.turns or not self.is_ready():
             return
         if self.has_room(self.dialogue.turns_before(turn.message)):
-            with self.told():
+            with told(self):
                 await self.follow(self.dialogue.regenerate(turn.message))
 
     def action_edit(self) -> None:
         """Write a message anew; the old one and all that follows it stay as another branch."""
         turn = self._chosen
         if isinstance(turn, Question) and self.is_ready():
-            self.edited = turn.message
-            self.composer.restore(turn.message.content)
+            self.begin_edit(turn.message)
             self.composer.focus()
             self.instruments.show_state("editing")
             self.refresh_bindings()
 
     def action_keep(self) -> None:
         """End an edit without another version."""
-        self.edited = None
-        self.composer.restore("")
+        self.end_edit()
         self.instruments.show_state("ready")
         self.refresh_bindings()
 
@@ -153,7 +153,7 @@ class Chat(Menus):
 
     async def _step_version(self, turn: Turn | None, step: int) -> None:
         if turn in self.transcript.turns and self.dialogue.run is None:
-            with self.told():
+            with told(self):
                 at = self.transcript.turns.index(turn)
                 if self.dialogue.step_version(turn.message, step):
                     await self.show_conversation()
@@ -191,17 +191,17 @@ class Chat(Menus):
 
     def action_copy_message(self) -> None:
         if self._chosen is not None:
-            self.copy(self._chosen.message.content or self._chosen.message.thinking)
+            self.copy(self.written(self._chosen) or self._chosen.message.thinking)
 
     def action_copy_last(self) -> None:
         turn = self.transcript.last_reply
         if turn is not None:
-            self.copy(turn.message.content)
+            self.copy(self.written(turn))
 
     def action_copy_block(self) -> None:
         """The first code block, with each press the next."""
         turn = self._chosen
-        blocks = export.copy_blocks(turn.message.content) if turn is not None else []
+        blocks = export.copy_blocks(self.written(turn)) if turn is not None else []
         if turn is not None and blocks:
             at = turn.next_block % len(blocks)
             turn.next_block = at + 1
@@ -209,5 +209,8 @@ class Chat(Menus):
 
     def copy(self, text: str, what: str = "") -> None:
         """Put a text into the terminal's clipboard (OSC 52)."""
+        if not text:
+            self.notify("There is nothing to copy yet.")
+            return
         self.app.copy_to_clipboard(text)
         self.notify(f"Copied {what or f'{len(text)} characters'}.")

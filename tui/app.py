@@ -1,13 +1,18 @@
 """The chat as a program: themes, commands by name, help, and what happens when it ends. Builds no engine."""
 
+import asyncio
+import contextlib
+import signal
 from collections.abc import Iterable
 from typing import ClassVar
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.command import CommandPalette
 from textual.screen import Screen
 from textual.theme import Theme
 
+from ..runtime.errors import LocalReasonError
 from ..runtime.recipe import Recipe
 from .actions import Chat
 from .backend import Backend
@@ -75,6 +80,8 @@ class ChatApp(App[None]):
     def on_mount(self) -> None:
         self.push_screen(self.chat)
         self.call_after_refresh(self._start)
+        with contextlib.suppress(NotImplementedError):  # Windows has none
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.exit)
 
     def _start(self) -> None:
         if self._model is not None:
@@ -87,9 +94,16 @@ class ChatApp(App[None]):
         if self.dialogue.run is not None:
             self.dialogue.run.reply.stop()
             self.dialogue.finish(None)
+        with contextlib.suppress(LocalReasonError):  # who started the chat tries again, and tells
+            self.dialogue.store()
 
     def action_light(self) -> None:
         self.theme = LIGHT.name if self.theme == DARK.name else DARK.name
+
+    def action_command_palette(self) -> None:
+        # Textual looks at the screen on top only, and the help may lie over a palette.
+        if not any(isinstance(screen, CommandPalette) for screen in self.screen_stack):
+            super().action_command_palette()
 
     def action_keys(self) -> None:
         if not isinstance(self.screen, Keys):

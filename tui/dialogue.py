@@ -1,8 +1,10 @@
 """The state of the chat without its screen: which conversation is open, what runs, what is stored when."""
 
+import contextlib
 from dataclasses import dataclass, replace
 
 from ..runtime.controls import Parameters
+from ..runtime.errors import LocalReasonError
 from ..runtime.recipe import Recipe
 from ..runtime.template import Message as Turn
 from .conversation import Conversation, Message, State
@@ -34,14 +36,16 @@ class Dialogue:
         self.model = ""
         self.conversation: Conversation | None = None
         self.run: Run | None = None
+        self._unstored: list[Message] = []
+        """Replies that ended and could not be stored yet."""
 
     def take(self, model: str, streamer: Streamer) -> None:
         """Go on with this model."""
         self.model, self.streamer = model, streamer
         streamer.is_watching_entropy = True
         if self.conversation is not None and self.conversation.model != model:
-            self.history.set_model(self.conversation.id, model)
             self.conversation = replace(self.conversation, model=model)
+            self.history.set_model(self.conversation.id, model)
 
     def control(self, preset: str, texts: tuple[str, ...], controls: tuple[Parameters, ...]) -> None:
         """Think like this from the next reply on."""
@@ -111,13 +115,15 @@ class Dialogue:
         return None if message.parent is None else self.conversation.find(message.parent)
 
     def save(self) -> None:
-        """Store what the running reply has so far."""
+        """Store what the running reply has so far, and what could not be stored when it ended."""
+        with contextlib.suppress(LocalReasonError):  # it was told once
+            self.store()
         if self.run is not None and (sample := self.run.reply.best) is not None:
             stats = self.run.reply.sum_up(self.model)
             self.history.save_partial(self.run.message.id, sample.answer, sample.thinking, list(sample.marks), stats)
 
     def finish(self, event: Ended | Failed | None) -> Message | None:
-        """Store the reply as it ended; None where the chat ends before it. The message, or None if none was due."""
+        """The reply as it ended, for `store`; None where the chat ends before it. Returns None if none was due."""
         run = self.run
         if run is None or (event is not None and event.reply is not run.reply):
             return None
@@ -130,10 +136,17 @@ class Dialogue:
         message = replace(
             run.message, content=answer, thinking=thinking, marks=marks, stats=stats, state=state
         )  # the list of marks still grows where a decode has not noticed that it is stopped
-        self.history.finish(message.id, answer, thinking, marks, stats, state)
         if self.conversation is not None and self.conversation.id == run.conversation.id:
             self.conversation = self.conversation.put(message)
+        self._unstored.append(message)
         return message
+
+    def store(self) -> None:
+        """Store the replies that have ended. Raises OutputError; then they are kept for the next time."""
+        while self._unstored:
+            one = self._unstored[0]
+            self.history.finish(one.id, one.content, one.thinking, one.marks, one.stats, one.state)
+            del self._unstored[0]
 
     def step_version(self, message: Message, step: int) -> bool:
         """Lead the path through the version before or after this one; False where there is none."""

@@ -90,12 +90,13 @@ class History:
     def create(self, model: str, title: str = "") -> Conversation:
         """A new conversation; without a title its first message gives one."""
         now = time.time()
+        title, model = _clean(title), _clean(model)
         cursor = self._run(
             "INSERT INTO conversations (title, model, created, updated) VALUES (?, ?, ?, ?)",
-            (_clean(title), model, now, now),
+            (title, model, now, now),
         )
         assert cursor.lastrowid is not None
-        return Conversation(cursor.lastrowid, _clean(title), model, created=now)
+        return Conversation(cursor.lastrowid, title, model, created=now)
 
     def load(self, id: int) -> Conversation:
         """A conversation with all its messages. Raises InputError where there is none of that id."""
@@ -120,7 +121,7 @@ class History:
 
     def set_model(self, id: int, model: str) -> None:
         """Note the model that a conversation goes on with."""
-        self._run("UPDATE conversations SET model = ? WHERE id = ?", (model, id))
+        self._run("UPDATE conversations SET model = ? WHERE id = ?", (_clean(model), id))
 
     def delete(self, id: int) -> None:
         """Remove a conversation with all its messages."""

@@ -13,6 +13,7 @@ from ..runtime.paths import expanded
 from . import export
 from .messages import ModelOpened, OpenFailed, OpenProgress, Streamed
 from .screen import ChatScreen
+from .told import told
 from .widgets.ask import Ask
 from .widgets.conversations import Conversations
 from .widgets.models import Models
@@ -28,9 +29,9 @@ class Menus(ChatScreen):
     # --- conversations ------------------------------------------------------------------------------------------
 
     async def _open_conversation(self, id: int) -> None:
-        with self.told():
+        with told(self):
             self.dialogue.open(id)
-            self.edited = None
+            self.end_edit(self.composer.expanded())
         await self.show_conversation()
         self.composer.focus()
 
@@ -44,12 +45,12 @@ class Menus(ChatScreen):
 
     async def _begin(self) -> None:
         self.dialogue.begin()
-        self.edited = None
+        self.end_edit(self.composer.expanded())
         await self.show_conversation()
         self.composer.focus()
 
     async def _go_to_neighbour(self, step: int) -> None:
-        with self.told():
+        with told(self):
             found = self.dialogue.neighbour(step)
             if found is not None:
                 await self._open_conversation(found.id)
@@ -58,7 +59,7 @@ class Menus(ChatScreen):
 
     def action_conversations(self) -> None:
         current = self.dialogue.conversation.id if self.dialogue.conversation is not None else None
-        with self.told():
+        with told(self):
             listed = Conversations(self.dialogue.history, current, self.export, self._protected)
 
             def take(chosen: str | None) -> None:
@@ -77,7 +78,7 @@ class Menus(ChatScreen):
         elif current is not None and current.id in listed.deleted:
             await self._begin()
         elif current is not None and self.dialogue.run is None:
-            with self.told():  # it may have another title; a message that is being edited stays so
+            with told(self):  # it may have another title; a message that is being edited stays so
                 self.dialogue.open(current.id)
             await self.show_conversation()
 
@@ -92,7 +93,7 @@ class Menus(ChatScreen):
 
         def write(name: str | None) -> None:
             if name and name.strip():
-                with self.told():
+                with told(self):
                     path = expanded(name.strip())
                     conversation = self.dialogue.history.load(id)
                     text = export.to_json(conversation) if kind == "json" else export.to_markdown(conversation)
@@ -158,7 +159,8 @@ class Menus(ChatScreen):
     def take_model(self, event: ModelOpened) -> None:
         self.is_opening = False
         self.query_one(Opening).hide()
-        self.dialogue.take(event.opened.name, event.opened.streamer)
+        with told(self):
+            self.dialogue.take(event.opened.name, event.opened.streamer)
         if event.opened.note:
             self.notify(event.opened.note, markup=False)
         self.show_heading()
@@ -198,7 +200,7 @@ class Menus(ChatScreen):
         self.app.push_screen(Ask(f"Set the control {name}", now, help), add)
 
     def _combine(self, preset: str, texts: tuple[str, ...]) -> None:
-        with self.told():
+        with told(self):
             self.dialogue.control(preset, texts, combine(None if preset == "none" else preset, texts))
             self.show_heading()
             self.show_context()
@@ -208,7 +210,7 @@ class Menus(ChatScreen):
     def action_attach(self) -> None:
         def attach(name: str | None) -> None:
             if name and name.strip():
-                with self.told():
+                with told(self):
                     path = expanded(name.strip())
                     text = _read(path)
                     self.composer.fold("file", path.name, f"\n{path.name}:\n```\n{text.rstrip()}\n```\n")
@@ -219,6 +221,8 @@ class Menus(ChatScreen):
 
 def _read(path: Path) -> str:
     """The text of a file that is small enough for a message."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, in the screen's own task
+        raise InputError(f"{path} is no regular file; give the path of a text file")
     try:
         with path.open("rb") as file:
             data = file.read(_ATTACHED_BYTES + 1)

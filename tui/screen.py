@@ -1,6 +1,5 @@
 """The screen of the chat: shows the conversation and follows the decode. Its keys are in `actions.py`."""
 
-import contextlib
 from collections.abc import Iterator
 
 from textual import on
@@ -10,13 +9,13 @@ from textual.timer import Timer
 from textual.widgets import Footer, Static
 
 from ..runtime import template
-from ..runtime.errors import LocalReasonError
 from .backend import Backend
 from .conversation import Message
 from .delta import Delta, Ended, Failed, Progress, SampleEnded, Started
 from .dialogue import Dialogue, Run
 from .messages import Streamed
 from .reply import Reply
+from .told import told
 from .visible import visible
 from .widgets.composer import Composer
 from .widgets.instruments import Instruments
@@ -25,6 +24,7 @@ from .widgets.opening import Opening
 from .widgets.race import Race
 from .widgets.reply import ReplyTurn
 from .widgets.transcript import Transcript
+from .widgets.turn import Turn
 
 SAVE_SECONDS = 0.5
 NODES_SECONDS = 1.0
@@ -41,6 +41,8 @@ class ChatScreen(Screen[None]):
         self.is_opening = False
         self.edited: Message | None = None
         """The message of which another version is written."""
+        self._parked = ""
+        """The draft that this put aside."""
         self._turn: ReplyTurn | None = None
         """The turn of the running reply, while it is in sight."""
         self._n_entropies = 0
@@ -79,14 +81,6 @@ class ChatScreen(Screen[None]):
     @property
     def instruments(self) -> Instruments:
         return self.query_one(Instruments)
-
-    @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
-        """An error of ours becomes a notice."""
-        try:
-            yield
-        except LocalReasonError as error:
-            self.notify(str(error), severity="error", markup=False)
 
     # --- the conversation ---------------------------------------------------------------------------------------
 
@@ -127,7 +121,7 @@ class ChatScreen(Screen[None]):
         if draft:
             self.has_room(self.dialogue.turns(draft, self.edited))
         elif turns := self.dialogue.turns():
-            with self.told():
+            with told(self):
                 context = self.dialogue.streamer.measure(turns, self.dialogue.recipe)
                 self.instruments.show_context(context.n_used, context.n_limit)
                 self._warn(context.warning)
@@ -137,7 +131,7 @@ class ChatScreen(Screen[None]):
     def has_room(self, turns: list[template.Message]) -> bool:
         """Whether the context holds what is to be asked; if not, the reason stands above the composer."""
         assert self.dialogue.streamer is not None
-        with self.told():
+        with told(self):
             context = self.dialogue.streamer.measure(turns, self.dialogue.recipe)
             self.instruments.show_context(context.n_used, context.n_limit)
             self._refuse(context.refusal)
@@ -172,18 +166,34 @@ class ChatScreen(Screen[None]):
 
     def save(self) -> None:
         """Store what is shown of the running reply, so that a crash loses nothing of it."""
-        with self.told():
+        with told(self):
             self.dialogue.save()
 
     @on(Composer.Sent)
     async def send(self, event: Composer.Sent) -> None:
-        if not self.is_ready() or not self.has_room(self.dialogue.turns(event.text, self.edited)):
+        run = None
+        if self.is_ready() and self.has_room(self.dialogue.turns(event.text, self.edited)):
+            with told(self):
+                run = self.dialogue.edit(self.edited, event.text) if self.edited else self.dialogue.send(event.text)
+        if run is None:
+            self.composer.put_back(event)
             return
-        with self.told():
-            run = self.dialogue.edit(self.edited, event.text) if self.edited else self.dialogue.send(event.text)
+        self.composer.note_sent(event)
+        self.end_edit(self.composer.expanded())
+        await self.follow(run)
+
+    def begin_edit(self, message: Message) -> None:
+        """Write a message anew; the draft is put aside."""
+        if self.edited is None:
+            self._parked = self.composer.expanded()
+        self.edited = message
+        self.composer.restore(message.content)
+
+    def end_edit(self, text: str = "") -> None:
+        """Go on with the draft, behind a text that is to stay."""
+        if self.edited is not None:
             self.edited = None
-            self.composer.clear_sent()
-            await self.follow(run)
+            self.composer.restore("\n".join(filter(None, [text, self._parked])))
 
     def is_ready(self) -> bool:
         """Whether a reply can be started; if not, the user is told."""
@@ -256,6 +266,13 @@ class ChatScreen(Screen[None]):
         if instruments.state != was:
             self.refresh_bindings()
 
+    def written(self, turn: Turn) -> str:
+        """The text of a message, so far for the running reply."""
+        run = self.dialogue.run
+        if run is None or turn is not self._turn or run.reply.best is None:
+            return turn.message.content
+        return run.reply.best.answer
+
     def _show_pace(self, reply: Reply) -> None:
         """What goes on, and how fast."""
         phase = reply.best.phase if reply.best is not None else "prompt"
@@ -280,11 +297,12 @@ class ChatScreen(Screen[None]):
 
     async def _finish(self, event: Ended | Failed) -> None:
         await self.show_now()
-        with self.told():
-            message = self.dialogue.finish(event)
-            winner = event.reply.winner.index if event.reply.winner is not None else None
-            if message is not None and self._turn is not None:
-                await self._turn.end(message, winner)
+        message = self.dialogue.finish(event)
+        winner = event.reply.winner.index if event.reply.winner is not None else None
+        if message is not None and self._turn is not None:
+            await self._turn.end(message, winner)
+        with told(self):
+            self.dialogue.store()
         self._turn = None
         self.instruments.show_state("ready")
         self.instruments.show_speed(event.reply.tokens_per_second)

@@ -1,10 +1,13 @@
 """Where a message is written: several lines, the earlier inputs, long pastes and files folded to one line."""
 
+import itertools
 from dataclasses import dataclass
 
 from textual import events
 from textual.message import Message
 from textual.widgets import TextArea
+
+from ..visible import is_visible, visible
 
 _FOLD_LINES = 12
 _FOLD_CHARACTERS = 2000
@@ -17,9 +20,11 @@ class Composer(TextArea):
 
     @dataclass
     class Sent(Message):
-        """The user sent this text, folded parts written out."""
+        """The user sent this text, folded parts written out; and what it was before that, for one that is refused."""
 
         text: str
+        typed: str
+        folded: dict[str, str]
 
     def __init__(self, id: str | None = None) -> None:
         super().__init__(
@@ -36,13 +41,17 @@ class Composer(TextArea):
 
     def remember(self, inputs: list[str]) -> None:
         """The earlier inputs, oldest first; up and down walk through them."""
+        if self._at < len(self._inputs):
+            self.restore(self._draft)
         self._inputs = list(inputs)
         self._at = len(self._inputs)
 
     def fold(self, kind: str, name: str, text: str) -> None:
         """Put a text in as one line that stands for it."""
-        n_lines = text.count("\n") + 1
-        label = f"[{kind} {name}: {n_lines} {'line' if n_lines == 1 else 'lines'}, {len(text)} characters]"
+        n_lines, stem = text.count("\n") + 1, visible(f"{kind} {name}")
+        size = f"{n_lines} {'line' if n_lines == 1 else 'lines'}, {len(text)} characters"
+        names = (stem if n == 1 else f"{stem} ({n})" for n in itertools.count(1))
+        label = next(label for name in names if self._folded.get(label := f"[{name}: {size}]", text) == text)
         self._folded[label] = text
         self.insert(label)
 
@@ -62,7 +71,7 @@ class Composer(TextArea):
         """Begin with this text, folded if it is long."""
         self.text = ""
         self._folded.clear()
-        if _is_long(text):
+        if _is_folded(text):
             self.fold("text", "1", text)
         else:
             self.text = text
@@ -83,7 +92,7 @@ class Composer(TextArea):
     async def _on_paste(self, event: events.Paste) -> None:
         # Many terminals send what the Enter key would send.
         event.text = event.text.replace("\r\n", "\n").replace("\r", "\n")
-        if _is_long(event.text):
+        if _is_folded(event.text):
             event.stop()
             event.prevent_default()
             self.fold("paste", str(len(self._folded) + 1), event.text)
@@ -110,16 +119,33 @@ class Composer(TextArea):
         return False
 
     def _send(self) -> None:
+        """Give the text away at once: keys that follow belong to the next one."""
+        if any(map(self._is_stump, self._folded)):
+            self.notify("Half of a folded text would be sent as it stands; Ctrl+Z undoes, or delete it.")
+            return
         text = self.expanded().strip()
         if text:
-            self.post_message(self.Sent(text))
+            self.post_message(self.Sent(text, self.text, dict(self._folded)))
+            self._at = len(self._inputs)
+            with self.prevent(TextArea.Changed):  # it is no other draft until it is sent or put back
+                self.text = ""
+            self._folded.clear()
 
-    def clear_sent(self) -> None:
-        """Empty after sending; what was sent can be called back with up."""
-        self._inputs.append(self.expanded().strip())
+    def _is_stump(self, label: str) -> bool:
+        ends = label[: label.index(":") + 1], label[label.rindex(",") :]
+        return label not in self.text and any(end in self.text for end in ends)
+
+    def note_sent(self, sent: Sent) -> None:
+        """What was sent can be called back with up."""
+        self._inputs.append(sent.text)
         self._at = len(self._inputs)
-        self.text = ""
-        self._folded.clear()
+
+    def put_back(self, sent: Sent) -> None:
+        """What was refused stands before what was written since."""
+        self._folded = sent.folded | self._folded
+        with self.prevent(TextArea.Changed):
+            self.text = sent.typed + self.text
+        self.move_cursor(self.document.end)
 
     def action_cursor_up(self, select: bool = False) -> None:
         if not select and self.get_cursor_up_location()[0] == 0 and self.cursor_at_first_line:
@@ -139,5 +165,6 @@ class Composer(TextArea):
         super().action_cursor_down(select)
 
 
-def _is_long(text: str) -> bool:
-    return text.count("\n") >= _FOLD_LINES or len(text) > _FOLD_CHARACTERS
+def _is_folded(text: str) -> bool:
+    """True for a text that is long, or would do something to the terminal."""
+    return text.count("\n") >= _FOLD_LINES or len(text) > _FOLD_CHARACTERS or not is_visible(text)

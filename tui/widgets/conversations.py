@@ -8,6 +8,8 @@ from textual.binding import Binding, BindingType
 from textual.widgets import Input
 
 from ..history import History, Summary
+from ..told import told
+from ..visible import visible
 from .ask import Ask
 from .chooser import Choice, Chooser
 
@@ -40,7 +42,9 @@ class Conversations(Chooser):
         super().__init__("Conversations", _choices(history.summaries(limit=_N_SHOWN)), str(current or ""), help)
 
     def find(self, query: str) -> list[Choice]:
-        return _choices(self._history.summaries(query, _N_SHOWN))
+        with told(self):
+            return _choices(self._history.summaries(query, _N_SHOWN))
+        return []
 
     def _again(self) -> None:
         self.fill(self.find(self.query_one(Input).value))
@@ -52,11 +56,12 @@ class Conversations(Chooser):
 
         def rename(title: str | None) -> None:
             if title and title.strip():
-                self._history.rename(int(choice.id), title.strip())
-                self._current = choice.id
-                self._again()
+                with told(self):
+                    self._history.rename(int(choice.id), title.strip())
+                    self._current = choice.id
+                    self._again()
 
-        self.app.push_screen(Ask("Rename the conversation", choice.title), rename)
+        self.app.push_screen(Ask("Rename the conversation", visible(choice.title)), rename)
 
     def action_delete(self) -> None:
         """The first time asks, by the key again."""
@@ -67,11 +72,13 @@ class Conversations(Chooser):
             self.notify("A reply is being written there; stop it first.", severity="warning")
         elif self._doomed != choice.id:
             self._doomed = choice.id
-            self.notify(f"F8 again deletes “{choice.title}” for good.", severity="warning", markup=False)
+            title = visible(choice.title)
+            self.notify(f"F8 again deletes “{title}” for good.", severity="warning", markup=False)
         else:
-            self._history.delete(int(choice.id))
-            self.deleted.add(int(choice.id))
-            self._again()
+            with told(self):
+                self._history.delete(int(choice.id))
+                self.deleted.add(int(choice.id))
+                self._again()
 
     def action_export(self, kind: str) -> None:
         choice = self.highlighted

@@ -7,7 +7,7 @@ from textual.widgets.markdown import MarkdownStream
 from ..conversation import Mark, Message, Stats
 from ..formula import FormulaReader, shown
 from ..reply import Sample
-from ..visible import visible
+from ..visible import parser, visible
 from .race import Race
 from .thinking import Thinking
 from .turn import Turn
@@ -45,7 +45,9 @@ class ReplyTurn(Turn):
         thinking.entitle(_thought(message.stats))
         thinking.display = bool(message.thinking)
         yield thinking
-        yield Markdown(shown(visible(message.content)), classes="answer", open_links=False)
+        # A live one is shown by `sync`, from its start.
+        answer = "" if self.is_live else shown(visible(message.content))
+        yield Markdown(answer, classes="answer", open_links=False, parser_factory=parser)
         yield Static(_account(message) if not self.is_live else "", classes="account", markup=False)
 
     def on_mount(self) -> None:
@@ -53,6 +55,10 @@ class ReplyTurn(Turn):
         account.display = not self.is_live and bool(_account(self.message))
         if self.is_live:
             self._stream = Markdown.get_stream(self.query_one(".answer", Markdown))
+
+    async def on_unmount(self) -> None:
+        if self._stream is not None:
+            await self._stream.stop()
 
     @property
     def thinking(self) -> Thinking:
