@@ -12,14 +12,16 @@ import time
 from collections.abc import ItemsView, Iterable, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jinja2
 import markupsafe
-from jinja2 import filters, runtime
+from jinja2 import filters, nodes, runtime
+from jinja2.compiler import CodeGenerator, operators
 from jinja2.exceptions import TemplateError as JinjaError
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -40,7 +42,7 @@ _METHODS = frozenset(
 _FILTERS = frozenset(
     """
     abs attr capitalize count d default dictsort first float groupby int items last length list lower map max
-    min reject rejectattr reverse safe select selectattr sort sum title trim truncate unique upper
+    min reject rejectattr reverse safe select selectattr sort title trim truncate unique upper
     """.split()  # noqa: SIM905 - thirty lines more as a list
 )
 """Jinja's own filters that need no bound; the others are replaced or refused."""
@@ -126,6 +128,26 @@ def _tojson(
     )
 
 
+@jinja2.pass_environment
+def _sum(environment: Any, values: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
+    if not isinstance(start, (int, float)):
+        _refuse("sums up what are no numbers")
+    return filters.sync_do_sum(environment, values, attribute, start)
+
+
+def _bounded(function: Any) -> Any:
+    """A filter or a test that is given nothing that would take it long to compare or to hash."""
+
+    @wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        for value in arguments:
+            if not isinstance(value, (Namespace, runtime.Context)):
+                _bound(value)
+        return function(*arguments, **named)
+
+    return call
+
+
 def _refused_filter(name: str) -> Any:
     def refused(*arguments: Any, **named: Any) -> NoReturn:
         _refuse(f"uses the filter {name}, which is not allowed")
@@ -137,16 +159,57 @@ def _raise(message: str) -> NoReturn:
     raise jinja2.exceptions.TemplateRuntimeError(message)
 
 
+class _Generator(CodeGenerator):
+    """Bounds what is compared: that is one native call, however deep the lists are."""
+
+    def visit_Compare(self, node: nodes.Compare, frame: Any) -> None:
+        self.write("(")
+        self._write_bounded(node.expr, frame)
+        for operand in node.ops:
+            self.visit(operand, frame)
+        self.write(")")
+
+    def visit_Operand(self, node: nodes.Operand, frame: Any) -> None:
+        self.write(f" {operators[node.op]} ")
+        self._write_bounded(node.expr, frame)
+
+    def _write_bounded(self, node: nodes.Node, frame: Any) -> None:
+        self.write("environment.bound(")
+        self.visit(node, frame)
+        self.write(")")
+
+
+class _Generation(Extension):
+    """Hugging Face's `{% generation %}`, which marks what a model wrote, for training, and changes nothing."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "*", "**", "%", "//", "/"})
+    code_generator_class = _Generator
+    bound = staticmethod(_bound)
     concat = staticmethod(_concat)  # pyright: ignore[reportAssignmentType]
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_bound)
+        extensions = ["jinja2.ext.loopcontrols", _Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=_bound)
         self.filters = {
-            name: filter if name in _FILTERS else _refused_filter(name) for name, filter in self.filters.items()
+            name: _bounded(filter) if name in _FILTERS else _refused_filter(name)
+            for name, filter in self.filters.items()
         }
-        self.filters |= {"tojson": _tojson, "join": _join, "replace": _replace, "indent": _indent}
+        self.tests = {name: _bounded(test) for name, test in self.tests.items()}
+        self.filters |= {
+            "tojson": _tojson,
+            "join": _join,
+            "replace": _replace,
+            "indent": _indent,
+            "sum": _bounded(_sum),
+        }
         self.filters |= {"string": lambda value: str(_bound(value))}
         self.filters |= dict.fromkeys(("e", "escape", "forceescape"), lambda value: markupsafe.escape(_bound(value)))
         del self.globals["lipsum"]
@@ -160,11 +223,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         sizes = [len(item) for item in (left, right) if hasattr(item, "__len__")]
         if operator == "+" and sum(sizes) > _MOST_CHARACTERS:
             _refuse(f"makes a text of more than {_MOST_CHARACTERS} characters")
-        if operator == "*":
-            if sizes and sizes[0] * (right if hasattr(left, "__len__") else left) > _MOST_CHARACTERS:
-                _refuse("repeats a text too often")
-            if sum(item.bit_length() for item in (left, right) if isinstance(item, int)) > _MOST_BITS:
-                _refuse(f"computes a number of more than {_MOST_BITS} bits")
+        n_bits = sum(item.bit_length() for item in (left, right) if isinstance(item, int))
+        if operator != "+" and n_bits > _MOST_BITS:
+            _refuse(f"computes with more than {_MOST_BITS} bits")
+        if operator == "*" and sizes and sizes[0] * (right if hasattr(left, "__len__") else left) > _MOST_CHARACTERS:
+            _refuse("repeats a text too often")
         return super().call_binop(context, operator, left, right)
 
     def wrap_str_format(self, value: Any) -> None:
@@ -178,10 +241,11 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        given = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}  # Jinja's own
         if isinstance(owner, str) and name == "replace":
-            return _replace(owner, *args, **kwargs)
+            return _replace(owner, *args, **given)
         if isinstance(owner, str) and name == "join":
-            return _join(context.eval_ctx, *args, separator=owner)
+            return _join(context.eval_ctx, *args, separator=owner, **given)
         return super().call(context, obj, *args, **kwargs)
 
 

@@ -67,6 +67,24 @@ def test_json_is_written_without_escapes_for_html_and_takes_the_usual_arguments(
     assert render(template, [Message("user", "U")])[0].text == '{"a": 1, "b": "<é>"}'
 
 
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for m in messages %}{{ m.role.replace('user', 'U') }}:{{ m.content }}{% endfor %}", "U:hi"),
+        ("{% block b %}{{ '-'.join(['a', 'b']) }}{{ messages[0].content }}{% endblock %}", "a-bhi"),
+        ("{% for m in messages %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endfor %}", "<hi>"),
+        ("{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join }}", "hi"),
+        ("{{ [1, 2] | sum }}{{ [{'n': 3}] | sum('n') }}{{ messages[0].content }}", "33hi"),
+        (
+            "{% if messages[0].role == 'user' and 'u' in ['u'] and 1 < 2 <= 2 %}{{ messages[0].content }}{% endif %}",
+            "hi",
+        ),
+    ],
+)
+def test_what_templates_use_is_there(template, text):
+    assert "".join(part.text for part in render(template, [Message("user", "hi")])) == text
+
+
 def test_today_can_be_asked_for():
     template = "{{ strftime_now('%Y') }}{{ messages[0].content }}"
     parts = render(template, [Message("user", "U")], now=datetime(2031, 5, 1))
@@ -87,6 +105,11 @@ GROWING = "{% set ns = namespace(a='aaaaaaaa', n=9, l=['a']) %}{% for i in range
         GROWING.replace("WHAT", "ns.l = [ns.l, ns.l]") + "{{ ns.l ~ 'x' }}",
         GROWING.replace("WHAT", "ns.l = [ns.l, ns.l]") + "{{ ns.l | tojson }}",
         GROWING.replace("WHAT", "ns.l = {'a': ns.l, 'b': ns.l}") + "{{ ns.l | upper }}",
+        GROWING.replace("WHAT", "ns.l, ns.a = [ns.l, ns.l], [ns.a, ns.a]") + "{{ ns.l == ns.a }}",
+        GROWING.replace("WHAT", "ns.l, ns.a = [ns.l, ns.l], [ns.a, ns.a]") + "{{ ns.l is eq ns.a }}",
+        GROWING.replace("WHAT", "ns.l, ns.a = [ns.l, ns.l], [ns.a, ns.a]") + "{{ [ns.l, ns.a] | sort | length }}",
+        "{{ ([[0] * 900000] * 1000) | sum(start=[]) | length }}",
+        "{% set n = ('f' * 900000) | int(base=16) %}{{ n // (n // 3) }}",
         "{{ 'a' | center(2000000000) }}",
         "{{ 'a'.ljust(2000000000) }}",
         "{{ '{:2000000000d}'.format(1) }}",
