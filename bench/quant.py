@@ -86,7 +86,7 @@ def drift(source, file, text, given):
         candidate, candidate_tokenizer = load(other, options(other_kind, given.context, given.threads))
         with candidate:
             check_vocabulary(tokenizer, candidate_tokenizer, (path.name, other.name))
-            chunks = cut(tokenizer.encode(text), tokenizer.prefix, given.context, given.tokens)
+            chunks = cut(tokenizer.encode(text, is_first=True), tokenizer.prefix, given.context, given.tokens)
             return asdict(compare(reference, candidate, chunks, (path.name, other.name)))
 
 

@@ -196,7 +196,9 @@ def _drift(sides: list[Side], on: _On, material: Material) -> "tuple[dict[str, A
         if not sides[0].path.samefile(sides[1].path):
             check_vocabulary(tokenizer, other, names)
         encode_trace = trace_encoder(tokenizer)
-        tokens = [token for trace in material.traces for token in encode_trace(trace)] or tokenizer.encode(data)
+        tokens = [token for trace in material.traces for token in encode_trace(trace)] or tokenizer.encode(
+            data, is_first=True
+        )
         chunks = cut(tokens, tokenizer.prefix, on.n_context, on.n_tokens)
         drift = compare(reference, candidate, chunks, names, _progress(len(chunks)))
     row = {"name": source.name, "sha256": hashlib.sha256(data.encode()).hexdigest()}

@@ -102,7 +102,7 @@ def _chunks(
     """Tokens by chunks, each beginning as a prompt of the model does."""
     encode_trace, prefix, n_left = trace_encoder(tokenizer), tokenizer.prefix, n_tokens
     for document in documents:
-        tokens = encode_trace(document) if isinstance(document, Trace) else tokenizer.encode(document)
+        tokens = encode_trace(document) if isinstance(document, Trace) else tokenizer.encode(document, is_first=True)
         left = iter(tokens if n_left is None else tokens[:n_left])
         while body := list(islice(left, n_chunk - len(prefix))):
             yield prefix + body

@@ -74,10 +74,23 @@ class LlamaTokenizer:
         # Runs of spaces and newlines are user-defined in some vocabularies; they are ordinary text.
         self.control_texts = frozenset(text for text in texts if len(text) > 2 and text[0] in "<[" and text[-1] in ">]")
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
+    def encode(self, text: str, special: bool = False, is_first: bool = False) -> list[int]:
         """Token ids of a text, without BOS; halves of surrogate pairs become "?"."""
         data = text.encode("utf-8", "replace")
-        return self._model.tokenize(data, special) if data else []
+        if not data:
+            return []
+        if not is_first and (lead := self._lead):
+            ids = self._model.tokenize(b"\n" + data, special)
+            if ids[: len(lead)] == lead:
+                return ids[len(lead) :]
+        return self._model.tokenize(data, special)
+
+    @cached_property
+    def _lead(self) -> list[int]:
+        """What a newline at the beginning is, with the space that SentencePiece puts before it; nothing in
+        vocabularies that put none."""
+        word = self._model.tokenize(b"a", False)
+        return self._model.tokenize(b"\n", False) if word and self.piece(word[0]).startswith(b" ") else []
 
     def piece(self, token: int) -> bytes:
         piece = self._pieces[token]
@@ -282,7 +295,11 @@ def _open_cache(model: Model, options: EngineOptions, fitted: Fit) -> Cache:
             if options.n_context is not None or n_cells <= _N_CONTEXT_UNKNOWN:
                 raise
             n_cells //= 2
-    cache.warm(0)
+    try:
+        cache.warm(0)
+    except BaseException:
+        cache.close()
+        raise
     return cache
 
 

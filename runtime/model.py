@@ -190,7 +190,7 @@ class Model:
     def text_prompt(self, text: str) -> Prompt:
         """The prompt of a text as it is, special text included and without a template; for a recipe of the format
         "none"."""
-        return Prompt([*self.tokenizer.prefix, *self.tokenizer.encode(text, special=True)], "")
+        return Prompt([*self.tokenizer.prefix, *self.tokenizer.encode(text, special=True, is_first=True)], "")
 
     def samples(self, prompt: Prompt, recipe: Recipe, id: str = "") -> list[Request]:
         """The sequences of one reply, ready for `decode`. Raises PromptError, PromptTooLong."""

@@ -119,9 +119,11 @@ class Prompter:
         except TemplateError:
             if turns[0].role != "system" or not self._template:
                 raise
-            # Some templates refuse a system turn; its text then leads the first user's.
-            first = Message("user", f"{turns[0].content}\n\n{turns[1].content}")
-            return render(self._template, [first, *turns[2:]], self._template_tokens, is_thinking)
+            # Some templates refuse a system turn; its text then leads the first user's, or is the first user's.
+            text, rest = turns[0].content, turns[1:]
+            if rest and rest[0].role == "user":
+                text, rest = f"{text}\n\n{rest[0].content}", rest[1:]
+            return render(self._template, [Message("user", text), *rest], self._template_tokens, is_thinking)
 
 
 @lru_cache(maxsize=8)
@@ -154,15 +156,15 @@ def encode(parts: list[Part], tokenizer: _Vocabulary, format: ThinkingFormat) ->
     """
     found = _finder(frozenset({*tokenizer.control_texts, *format.opens, *format.closes} - {""}))
     if found is None or not any(found.search(part.text) for part in parts if not part.is_trusted):
-        ids = tokenizer.encode("".join(part.text for part in parts), special=True)
+        ids = tokenizer.encode("".join(part.text for part in parts), special=True, is_first=True)
     else:
         ids = []
         for part in parts:
             if part.is_trusted:
-                ids += tokenizer.encode(part.text, special=True)
+                ids += tokenizer.encode(part.text, special=True, is_first=not ids)
                 continue
             cuts = [0, *(match.start() + 1 for match in found.finditer(part.text)), len(part.text)]
             for start, end in pairwise(cuts):
-                ids += tokenizer.encode(part.text[start:end])
+                ids += tokenizer.encode(part.text[start:end], is_first=not ids)
     prefix = tokenizer.prefix
     return ids if not prefix or ids[: len(prefix)] == prefix else [*prefix, *ids]

@@ -9,9 +9,10 @@ class Tokenizer(Protocol):
 
     n_vocab: int
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of a text, without BOS. `special` lets the text of control tokens stand for them: only for
-        text of our own or of a template, never for a user's."""
+    def encode(self, text: str, special: bool = False, is_first: bool = False) -> list[int]:
+        """Token ids of a text that stands behind another one, or with `is_first` begins the context, for some
+        vocabularies put a space before that; without BOS. `special` lets the text of control tokens stand for them:
+        only for text of our own or of a template, never for a user's."""
         ...
 
     def piece(self, token: int) -> bytes:

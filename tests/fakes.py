@@ -30,7 +30,7 @@ class ByteTokenizer:
             self._pieces.append(word.encode())
         self.n_vocab = len(self._pieces)
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
+    def encode(self, text: str, special: bool = False, is_first: bool = False) -> list[int]:
         return self.encode_bytes(text.encode(), special)
 
     def encode_bytes(self, data: bytes, special: bool) -> list[int]:

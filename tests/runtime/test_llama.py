@@ -3,10 +3,12 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import gguf
 import numpy as np
 import pytest
 
 from localreason.runtime import room
+from localreason.runtime.cache import Cache
 from localreason.runtime.engine import Span
 from localreason.runtime.errors import (
     ContextFull,
@@ -377,3 +379,49 @@ class TestTokenizer:
         assert tokenizer.chat_template == TEMPLATE
         assert tokenizer.metadata["general.name"] == "tiny"
         assert tokenizer.metadata["tokenizer.chat_template"] == TEMPLATE
+
+
+def test_a_text_behind_another_has_no_space_before_it_on_a_vocabulary_of_sentencepiece(tmp_path):
+    words = ["\u2581", "a", "\u2581a", "b", "c"]
+    byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
+    tokens = [*words, "<unk>", *byte_tokens, "<s>", "</s>", "<pad>"]
+    kinds = [gguf.TokenType.NORMAL] * 5 + [gguf.TokenType.UNKNOWN] + [gguf.TokenType.BYTE] * 256
+    kinds += [gguf.TokenType.CONTROL] * 3
+    path = write_model(
+        tmp_path / "m.gguf",
+        values={
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [int(kind) for kind in kinds],
+            "tokenizer.ggml.scores": [-1.0, -2.0, -3.0, -4.0, -5.0] + [0.0] * 260,
+            "tokenizer.ggml.merges": None,
+            "tokenizer.ggml.unknown_token_id": 5,
+            "tokenizer.ggml.bos_token_id": 262,
+            "tokenizer.ggml.eos_token_id": 263,
+            "tokenizer.ggml.add_space_prefix": True,
+        },
+    )
+    with load_tokenizer(path) as tokenizer:
+
+        def pieces(text, **options):
+            return [tokenizer.piece(token) for token in tokenizer.encode(text, **options)]
+
+        assert pieces("a", is_first=True) == [b" a"]
+        assert pieces("a") == [b"a"]
+        assert pieces(" a") == [b" a"]
+        assert b"".join(pieces("\n\na.")) == b"\n\na."
+        assert pieces("") == []
+
+
+def test_a_context_that_cannot_be_warmed_is_freed(tmp_path, monkeypatch):
+    closed, close = [], Cache.close
+
+    def fail(cache, slot):
+        raise OutOfMemory("the first graph does not fit")
+
+    monkeypatch.setattr(Cache, "warm", fail)
+    monkeypatch.setattr(Cache, "close", lambda cache: (closed.append(cache), close(cache)))
+    with pytest.raises(OutOfMemory):
+        load(write_model(tmp_path / "m.gguf"), EngineOptions(256, 1, 1))
+    assert closed

@@ -17,7 +17,7 @@ class Tokenizer(ByteTokenizer):
         super().__init__(marks=["<|im_start|>", "<|im_end|>", "<bos>"])
         self.control_texts = set(self.marks)
 
-    def encode(self, text, special=False):
+    def encode(self, text, special=False, is_first=False):
         # As llama.cpp: user-defined tokens such as <think> are found even in plain text.
         if not special and "<think>" in text:
             before, _, after = text.partition("<think>")
@@ -119,6 +119,16 @@ def test_a_model_without_a_format_gets_examples_that_reflect_and_an_open_tag():
     assert prompter.format(None, False) is FORMATS["none"]
 
 
+@pytest.mark.parametrize("roles", [("system",), ("system", "assistant", "user")])
+def test_a_system_turn_that_is_refused_never_takes_another_turn_for_the_users(roles):
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    turns = [Message(role, role[0].upper()) for role in roles]
+    prompter = Prompter(Source(template), Tokenizer())
+    text = "".join(part.text for part in prompter._render(turns, True))
+    assert text.startswith("<|im_start|>user\nS<|im_end|>\n")
+    assert ("<|im_start|>assistant\nA<|im_end|>" in text) == (len(roles) > 1)
+
+
 def test_a_template_that_refuses_a_system_turn_gets_it_in_the_first_users():
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     prompter = Prompter(Source(template), Tokenizer())
@@ -168,7 +178,7 @@ class Marked(Tokenizer):
 )
 def test_each_special_text_in_a_message_is_cut_once_the_longest_first(text, cut):
     tokenizer, pieces = Marked(), []
-    tokenizer.encode = lambda piece, special=False: pieces.append(piece) or [1]
+    tokenizer.encode = lambda piece, special=False, is_first=False: pieces.append(piece) or [1]
     encode([Part(text, False)], tokenizer, FORMATS["think"])
     places = [sum(map(len, pieces[:i])) for i in range(1, len(pieces))]
     assert ("".join(pieces), places) == (text, cut)
@@ -176,7 +186,7 @@ def test_each_special_text_in_a_message_is_cut_once_the_longest_first(text, cut)
 
 def test_a_message_full_of_what_begins_marks_is_read_in_one_pass():
     tokenizer = Marked()
-    tokenizer.encode = lambda piece, special=False: [1]
+    tokenizer.encode = lambda piece, special=False, is_first=False: [1]
     started = time.monotonic()
     encode([Part("<" * 500_000 + "<think>", False)], tokenizer, FORMATS["think"])
     assert time.monotonic() - started < 5
