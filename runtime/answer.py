@@ -77,7 +77,8 @@ _SCIENTIFIC = re.compile(r"[-+]?\d+(?:\.\d+)?[eE][-+]?\d{1,2}")
 _BASE = re.compile(r"(?<=[\dA-F])_\{?(\d+)\}?")
 """The base of a number such as `52_8`. Where only one side names one, it is the one that the question asks for."""
 _COSTLY = re.compile(
-    r"\d{4,}\s*\}?\s*!|!\s*!|\\(?:sum|prod|int|iint|oint|lim|d?t?binom|choose)(?![a-zA-Z])"
+    r"\d{4,}\s*\}?\s*!|!\s*!|[)\]}]\s*!(?!=)|\^\s*(?:[{(][^{}]*|\d+\s*)!"
+    r"|\\(?:Gamma|sum|prod|int|iint|oint|lim|d?t?binom|choose)(?![a-zA-Z])"
     r"|\^\s*(?:\\|\w\s*\^|[{(][^{}()]*(?:\^|\d{4}|\*|\\cdot|\\times))"
 )
 """Factorials, sums and towers of powers: short texts whose value could take for ever."""

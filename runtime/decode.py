@@ -103,7 +103,7 @@ class _Loop:
                     f"the prompt has {sequence.n_prompt} tokens and the context holds {limit} with the reply; "
                     f"shorten the prompt or give a larger context"
                 )
-            room = limit - sequence.n_prompt
+            room = sequence.room = limit - sequence.n_prompt
             sequence.limit = room if sequence.limit is None else min(sequence.limit, room)
             _follow_phase(sequence, row.request.tracker, [], Origin.FORCED)  # where the prompt leads
             for control in row.request.controls:
@@ -256,9 +256,11 @@ class _Loop:
                 yield Token(sequence, token, "", sequence.phase, origin)
 
     def _fork_probe(self, row: Resident, control: Control, action: Probe) -> Iterator[Event]:
-        """Start a side sequence that joins the next batch; without a free slot its control reads nothing."""
+        """Start a side sequence that joins the next batch; without a free slot, or at the end of the context, its
+        control reads nothing."""
         parent = row.sequence
-        slot = self.schedule.take_slot()
+        n_tokens = len(parent.tokens) + len(action.tokens)
+        slot = self.schedule.take_slot() if n_tokens < self.engine.n_context_sequence else None
         if slot is None:
             yield from self._act(row, control, control.read(parent, Reading((), (), False)))
             return
@@ -373,7 +375,7 @@ def _follow_phase(sequence: Sequence, tracker: PhaseTracker, parts: list[tuple[s
         sequence.is_cut = origin is Origin.FORCED
     sequence.phase = tracker.phase
     sequence.closed_at, sequence.closed_kept = tracker.closed_at, tracker.closed_kept
-    sequence.is_whole_text = tracker.is_whole_text
+    sequence.is_whole_text, sequence.is_in_tag = tracker.is_whole_text, tracker.is_in_tag
 
 
 def _enter(request: Request) -> Resident:

@@ -32,6 +32,11 @@ class PhaseTracker:
         """True where no character is incomplete."""
         return self._decoder.is_whole
 
+    @property
+    def is_in_tag(self) -> bool:
+        """True where something is held back that may begin a tag."""
+        return bool(self._pending)
+
     def feed(self, piece: bytes, index: int) -> list[tuple[str, Phase]]:
         """The text that becomes visible with the token at `index`, with the phase of each part."""
         return self._read(self._decoder.feed(piece), index)

@@ -53,6 +53,8 @@ class Sequence:
     limit: int | None = None
     """Most tokens after the prompt, of every origin but probes; None for what the context holds, which is known once
     it is decoded."""
+    room: int | None = None
+    """Most tokens after the prompt that the context holds, once it is decoded."""
     n_thinking_left: int | None = None
     """Sampled thinking tokens until a budget cuts, so that nothing is put in right before; None without a budget."""
 
@@ -79,6 +81,8 @@ class Sequence:
     """True only while controls observe an end-of-generation token."""
     is_whole_text: bool = True
     """False while the reply ends inside a multi-byte character."""
+    is_in_tag: bool = False
+    """True while the reply ends in what may be the beginning of a tag."""
 
     thinking: str = ""
     answer: str = ""

@@ -106,6 +106,8 @@ class BudgetForcing(Control):
             self._total += n_missing
         if sequence.limit is not None:
             sequence.limit += n_tokens
+            if sequence.room is not None:  # else the context would end the reply inside the thinking
+                sequence.limit = min(sequence.limit, sequence.room)
         return True
 
     def _limit(self, sequence: Sequence) -> Iterable[Action]:

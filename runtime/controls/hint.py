@@ -62,6 +62,8 @@ class ConciseHint(Control):
             return ()
         if sequence.forced or sequence.is_ending or sequence.origins[-1] is not Origin.SAMPLED:
             return ()  # never inside forced text: look again at the next token
+        if sequence.is_in_tag or not (self.setup.can_rewind or self._is_place(sequence)):
+            return ()
         if self._is_near_cut(sequence) or self._is_near_limit(sequence):
             return ()
         return self._splice(sequence)
@@ -93,6 +95,11 @@ class ConciseHint(Control):
         tail = tuple(zip(sequence.tokens[place:], sequence.origins[place - n_prompt :], strict=True))
         self.counters["recomputed"] += len(tail)
         return (Rewrite(place, tuple((token, Origin.HINT) for token in self._hint) + tail), note)
+
+    def _is_place(self, sequence: Sequence) -> bool:
+        """Whether the end of the text is a place for a hint: behind a clause or a line, outside code and formulas."""
+        is_end = sequence.thinking.endswith((".", ",", "\n")) and sequence.is_whole_text
+        return is_end and not in_code_or_formula(sequence.thinking)
 
     def _place(self, sequence: Sequence, start: int) -> int | None:
         """Index of the token before which the hint goes: behind `.` or `,` that a space follows, from the chunk's

@@ -81,7 +81,7 @@ class ReflectionSuppression(Control):
         self._random = np.random.default_rng((setup.seed, 1))
         self._carry = b""
         self._probed_at: int | None = None
-        self._is_probing = False
+        self._is_probing = self._is_stale = False
         self._kept_from: int | None = None
         words = tuple(filter(str.strip, parameters.words.split("|")))
         if parameters.lower:
@@ -114,6 +114,7 @@ class ReflectionSuppression(Control):
             return notes
         if sequence.origins[-1] is Origin.FORCED:
             self._probability = 0.0  # a forced Wait asks for more thought: do not pull against it
+            self._is_stale = self._is_probing  # what a probe gives that began before it was asked too early
         text = self._carry + self.setup.tokenizer.piece(token)
         self._carry = text[-1:]
         if b"\n\n" not in text or self._is_probing or sequence.forced or self.parameters.task == "none":
@@ -131,10 +132,11 @@ class ReflectionSuppression(Control):
 
     def read(self, sequence: Sequence, reading: Reading) -> Iterable[Action]:
         self._is_probing = False
+        is_stale, self._is_stale = self._is_stale, False
         entropies = reading.entropies
         if reading.is_done and reading.texts and reading.texts[-1].lstrip().startswith("}"):
             entropies = entropies[:-1]  # the brace that closes the answer is not part of it
-        if not reading.is_done or not entropies:
+        if not reading.is_done or not entropies or is_stale:
             self.counters["unread"] += 1
             return ()
         certainty = 1 - float(np.mean(entropies)) / float(np.log(self.setup.tokenizer.n_vocab))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from localreason.runtime.controls import CONTROLS, PRESETS, Setup, combine, describe, parse
-from localreason.runtime.controls.control import Reading
+from localreason.runtime.controls.control import Probe, Reading
 from localreason.runtime.controls.suppress import resolve
 from localreason.runtime.decode import Request, decode
 from localreason.runtime.errors import ControlError
@@ -207,6 +207,19 @@ class TestBudget:
         assert sequence.answer.strip().endswith("7")
         assert not control.extend(sequence, 10), "it has ended"
 
+    def test_longer_thinking_leaves_an_answer_its_room_in_the_context(self):
+        tokenizer = ByteTokenizer()
+        replies = {"Q<think>": "x" * 300, LEAD: "7"}
+        engine = ScriptedEngine(script(tokenizer, replies), tokenizer.n_vocab, n_context=200)
+        control = CONTROLS["budget"](parse("budget:max=400,repeat=0"), Setup(tokenizer, FORMAT))
+        sequence = Sequence(tokenizer.encode("Q<think>", special=True))
+        request = Request(sequence, PhaseTracker(FORMAT, "<think>"), lambda r: int(r.argmax()), [control])
+        for _ in decode(engine, tokenizer, [request]):
+            if sequence.n_reply == 50 and sequence.counts.thinking == 50:
+                control.extend(sequence, 100)
+        assert sequence.answer.strip().endswith("7")
+        assert sequence.is_cut
+
     def test_a_closing_tag_repeated_after_a_cut_is_swallowed(self):
         [one], _, _ = run({"Q<think>": "abcdefgh", CLOSE.lstrip("\n"): "</think>7"}, ["budget:max=5,lead=no,slack=0"])
         assert one.answer.strip() == "7"
@@ -289,11 +302,26 @@ class TestHint:
             assert counters(events, "hint")["hints"] == n_hints
             assert one.n_reply == one.limit
 
-    def test_a_recurrent_model_gets_the_hint_at_the_end_of_the_chunk(self):
-        text = "One thing, another. " + "x" * 120
+    def test_a_recurrent_model_gets_the_hint_behind_the_first_clause_after_the_chunk(self):
+        chunk, code = "One thing, another. " + "x" * 120, " `f(a, b)` and"
+        text = chunk + code + " so, it is."
         [one], _, engine = run({"Q<think>": text + "</think>7"}, ["hint"], invisible=HINT, can_rewind=False)
-        assert reply(one).startswith(text[:128] + HINT + text[128:])
+        assert reply(one).startswith(chunk + code + " so," + HINT + " it is.")
         assert not [call for call in engine.calls if call[0] == "rewind" and call[2]]
+
+    def test_no_hint_where_a_tag_is_half_written(self):
+        control = CONTROLS["hint"](parse("hint:alpha=1"), Setup(ByteTokenizer(), FORMAT))
+        sequence = Sequence([1])
+        sequence.phase, sequence.n_blocks = Phase.THINK, 1
+        for text in "a, b, <":
+            sequence.tokens.append(ord(text))
+            sequence.origins.append(Origin.SAMPLED)
+            sequence.thinking += text
+            sequence.counts.thinking += 1
+            sequence.is_in_tag = True
+            assert not list(control.observe(sequence, ord(text)))
+        sequence.is_in_tag = False
+        assert list(control.observe(sequence, ord("<")))
 
     def test_a_users_hint_text_cannot_become_a_control_token(self):
         setup = Setup(ByteTokenizer(), FORMAT)
@@ -367,6 +395,27 @@ class TestSuppress:
         [one], _, _ = run(replies, ["budget:ignore=1", "suppress:gap=0", "hint:alpha=1"])
         assert one.thinking.startswith("Wait b")
         assert one.answer == "7"
+
+    def test_a_probe_that_began_before_a_forced_wait_does_not_pull_against_it(self):
+        control = CONTROLS["suppress"](parse("suppress:gap=0"), Setup(ByteTokenizer(), FORMAT))
+        sequence = Sequence([1])
+        sequence.phase, sequence.thinking = Phase.THINK, "a.\n\n"
+        sequence.origins.append(Origin.SAMPLED)
+        control.observe(sequence, ord("\n"))
+        assert any(isinstance(action, Probe) for action in control.observe(sequence, ord("\n")))
+        sequence.origins.append(Origin.FORCED)
+        control.observe(sequence, ord("W"))
+        control.read(sequence, Reading(("4", "}"), (0.0, 0.0), True))
+        assert control._probability == 0.0
+        assert control.counters["unread"] == 1
+        control.read(sequence, Reading(("4", "}"), (0.0, 0.0), True))
+        assert control._probability == 1.0
+
+    def test_a_probe_that_the_context_does_not_hold_is_not_begun(self):
+        n_context = len("Q") + 1 + len("a.\n\nb.\n\nc") + 5
+        [one], events, _ = run({"Q<think>": "a.\n\nb.\n\nc</think>7"}, ["suppress:gap=0"], n_context=n_context)
+        assert one.counts.probe == 0
+        assert counters(events, "suppress")["unread"] == counters(events, "suppress")["probes"] == 2
 
     def test_probes_keep_their_gap(self):
         _, events, _ = self.think(["suppress:gap=1000"])
