@@ -1,5 +1,6 @@
 """A llama_context and its cache: batches, forks and states, each call checked against what the sequences hold."""
 
+import contextlib
 import ctypes
 from typing import Any
 
@@ -42,7 +43,13 @@ class Cache:
         if tap is not None or watch is not None:
             parameters.cb_eval = tap.callback if tap is not None else watch
         native.forget_messages()
-        self._pointer = lib.llama_init_from_model(model.pointer, parameters)
+        self._pointer = None
+        try:
+            with native.interrupts_after():
+                self._pointer = lib.llama_init_from_model(model.pointer, parameters)
+        except BaseException:
+            self.close()
+            raise
         if not self._pointer:
             raise _context_error(model, n_context, cache_type)
         self._memory = lib.llama_get_memory(self._pointer)
@@ -116,7 +123,8 @@ class Cache:
             self._tap.begin()
         native_batch.n_tokens = n
         try:
-            status = self._decode(context, native_batch)
+            with contextlib.nullcontext() if self._tap is None else native.interrupts_after():
+                status = self._decode(context, native_batch)
         except BaseException:  # Ctrl-C arrives when the call returns: the tokens are in the cache
             self._read_lengths()
             raise

@@ -4,9 +4,13 @@ llama.cpp answers some inputs by ending the process. What is known to do so is r
 `header.py`, and never reaches it.
 """
 
+import contextlib
 import ctypes
 import os
+import signal
+import threading
 from collections import deque
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -163,6 +167,23 @@ class Tap:
         return self._rows[: self._n_caught]
 
 
+@contextlib.contextmanager
+def interrupts_after() -> Iterator[list[int]]:
+    """Ctrl-C takes effect behind the block; the list is not empty once it was pressed. llama.cpp calls back while it
+    loads, for its log, and what is raised in there is lost: the program would go on as if no key had been pressed."""
+    presses: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield presses
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: presses.append(number))
+    try:
+        yield presses
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+        if presses and callable(before):
+            before(signal.SIGINT, None)
+
+
 def forget_messages() -> None:
     """Begin a call whose failure `cause` may be asked for."""
     _messages.clear()
@@ -220,9 +241,17 @@ class Model:
         parameters.vocab_only = vocab_only
         parameters.use_extra_bufts = is_repacked
         forget_messages()
-        self._pointer = lib.llama_model_load_from_file(os.fsencode(path), parameters)
+        self._pointer = None
+        try:
+            with interrupts_after() as presses:
+                go_on = lib.llama_progress_callback(lambda done, data: not presses)
+                parameters.progress_callback = go_on
+                self._pointer = lib.llama_model_load_from_file(os.fsencode(path), parameters)
+        except BaseException:
+            self.close()
+            raise
         if not self._pointer:
-            raise _load_error(path)
+            raise KeyboardInterrupt if presses else _load_error(path)
         try:
             self._vocab = lib.llama_model_get_vocab(self._pointer)
             self._check(vocab_only, is_window)

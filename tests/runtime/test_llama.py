@@ -1,5 +1,8 @@
 """The engine over real, tiny GGUF files: exact logits, and a refusal where llama.cpp would end the process."""
 
+import ctypes
+import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from localreason.runtime import room
+from localreason.runtime import native, room
 from localreason.runtime.cache import Cache
 from localreason.runtime.engine import Span
 from localreason.runtime.errors import (
@@ -425,3 +428,20 @@ def test_a_context_that_cannot_be_warmed_is_freed(tmp_path, monkeypatch):
     with pytest.raises(OutOfMemory):
         load(write_model(tmp_path / "m.gguf"), EngineOptions(256, 1, 1))
     assert closed
+
+
+def test_ctrl_c_while_llama_cpp_calls_back_ends_the_loading(tmp_path, monkeypatch):
+    path, lib = write_model(tmp_path / "m.gguf"), native.library()
+    load_model = lib.llama_model_load_from_file
+    press = ctypes.CFUNCTYPE(None)(lambda: os.kill(os.getpid(), signal.SIGINT))  # what is raised in there is lost
+
+    def loading(*arguments):
+        press()
+        return load_model(*arguments)
+
+    monkeypatch.setattr(lib, "llama_model_load_from_file", loading)
+    with pytest.raises(KeyboardInterrupt):
+        load(path, EngineOptions(256, 1, 1))
+    monkeypatch.undo()
+    with load(path, EngineOptions(256, 1, 1))[0] as engine:
+        assert engine.decode([Span(0, 0, [1], 1)]).shape == (1, engine.n_vocab)
