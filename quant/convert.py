@@ -24,7 +24,7 @@ from .gguf import ModelFile, Tensor, padded
 from .imatrix import Importance, read_importance
 from .job import Job, run_job
 from .request import LONGEST_VALUE, Request, check_asked, check_importance, check_source, check_types, find_type
-from .weights import RECORD, source_scheme
+from .weights import IMATRIX, RECORD, source_scheme
 
 _LONGEST_KEY = 127
 """Bytes that llama.cpp has room for."""
@@ -96,6 +96,8 @@ def check_target(source: Path, target: Path, is_forced: bool = False) -> None:
         raise OutputError(f"there is no folder {target.parent} to write {target.name} in; make it or name another file")
     try:
         is_there = target.exists()
+        if not is_there and target.is_symlink():  # it would be replaced by a file in another place than is meant
+            raise OutputError(f"{target} is a link to {target.readlink()}, which is not there; name another file")
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror}; name another file") from error
     if is_there:
@@ -152,6 +154,12 @@ def _record(file: ModelFile, name: str, request: Request, importance: Importance
     """What the new file says of its origin; what an earlier conversion said is emptied."""
     values: dict[str, str | int | bool] = {
         key: "" for key in file.header.values if key.startswith(RECORD) and len(key.encode()) <= _LONGEST_KEY
+    }
+    # What the source was made with says nothing of types that are chosen without it.
+    values |= {
+        key: "" if isinstance(value, str) else 0
+        for key, value in file.header.values.items()
+        if key.startswith(IMATRIX) and isinstance(value, (str, int)) and len(key.encode()) <= _LONGEST_KEY
     }
     said: dict[str, str | int | bool | None] = {
         "source": file.path.name,

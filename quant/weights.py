@@ -35,7 +35,7 @@ def source_scheme(header: Header) -> str:
 
 def has_imatrix(values: Mapping[str, Any]) -> bool:
     """True where a file tells that it was made with an importance matrix."""
-    return any(key.startswith(IMATRIX) for key in values)
+    return any(key.startswith(IMATRIX) and value not in ("", 0) for key, value in values.items())
 
 
 def find_file_type(values: Mapping[str, Any]) -> str | None:

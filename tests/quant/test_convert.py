@@ -20,6 +20,7 @@ from localreason.quant.convert import check_target, convert, plan_conversion
 from localreason.quant.gguf import ModelFile
 from localreason.quant.imatrix import Entry, Importance, write_importance
 from localreason.quant.request import Request
+from localreason.quant.weights import has_imatrix
 from localreason.runtime.engine import Span
 from localreason.runtime.errors import (
     EngineError,
@@ -208,6 +209,17 @@ def test_an_importance_matrix_moves_the_error_to_columns_that_matter_less(tiny_m
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_a_file_made_again_without_an_importance_matrix_claims_none(tiny_model, folder):
+    ones = Entry(np.ones((1, 64), np.float32), np.ones(1, np.float32))
+    write_importance(Importance({"blk.0.ffn_up.weight": ones}, 1, 512), folder / "matrix.gguf")
+    first = make(tiny_model, folder / "first.gguf", Request("q8_0", imatrix=folder / "matrix.gguf"))
+    assert has_imatrix(first.header.values)
+
+    second = make(first.path, folder / "second.gguf", Request("q4_0", allows_requantize=True))
+
+    assert not has_imatrix(second.header.values)
+
+
 def test_an_importance_matrix_of_another_model_is_refused(tiny_model, folder):
     for entries, words in (
         ({"blk.9.ffn_up.weight": Entry(np.ones((1, 64), np.float32), np.ones(1, np.float32))}, "no entry"),
@@ -222,7 +234,9 @@ def test_targets_that_would_destroy_something_are_refused(folder):
     source = write_model(folder / "source.gguf")
     (folder / "link.gguf").symlink_to(source)
     (folder / "old.gguf").write_bytes(b"precious")
+    (folder / "away.gguf").symlink_to(folder / "not mounted" / "away.gguf")
     for name, words in (
+        ("away.gguf", "is a link to .*not mounted"),
         ("source.gguf", "source itself"),
         ("link.gguf", "source itself"),
         ("old.gguf", "--force"),
