@@ -197,7 +197,9 @@ class _Answer(Response):
             self._runner.cancel(self._job, "disconnected")
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            # Cancelled in here it is by a second Ctrl-C, when nobody waits for what it would say.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = self._reply_

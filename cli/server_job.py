@@ -185,6 +185,7 @@ class Choice:
         counters = chosen.counters
         if self._search:
             counters = {**counters, "search": self._search.tally()}
+        if len(self.samples) > 1:
             updates = chosen.updates
         sequence, stop = chosen.sequence, chosen.stop or reason
         n_reply = sequence.n_reply - (stop == "end")

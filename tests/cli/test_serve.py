@@ -183,6 +183,14 @@ def test_many_streams_are_never_mixed_up(gate: Gate):
         assert {thinking[0] for thinking, _, _ in replies} == {"hm\nhm\n"}
 
 
+def test_a_search_with_one_sample_gives_the_whole_answer(scripted: Running):
+    body = {"search": {"rule": "majority", "n": 1}}
+    for is_stream in (False, True):
+        reply = ask(scripted.openai(), "ab", stop="ab!?", extra_body={"localreason": body}, stream=is_stream)
+        content = joined(reply)[1][0] if is_stream else reply.choices[0].message.content
+        assert content == "You said ab!"
+
+
 def test_search_shows_the_winner_only_and_counts_all_samples(scripted: Running):
     body = {"search": {"rule": "majority", "n": 3, "guard": False}}
     for is_stream in (False, True):
