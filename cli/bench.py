@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..runtime.errors import OutputError
+from ..runtime.errors import LocalReasonError, OutputError
 from . import build, checksum, config
 
 if TYPE_CHECKING:
@@ -70,9 +70,15 @@ def bench(
     old = read_record(compare) if compare is not None else None
     settings = config.load(context.params)
     record = _measure(settings, build.wiring(context), sizes)
-    for path in out or ():
-        _write(path, record, old)
-    print(as_json(record, old) if is_json else as_markdown(record, old), end="")
+    print(as_json(record, old) if is_json else as_markdown(record, old), end="", flush=True)
+    failures: list[LocalReasonError] = []
+    for path in out or ():  # one that cannot be written costs neither the measurement nor the others
+        try:
+            _write(path, record, old)
+        except LocalReasonError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def _measure(settings: config.Config, wiring: build.Wiring, sizes: "Sizes") -> dict[str, Any]:

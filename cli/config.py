@@ -1,5 +1,6 @@
 """Settings from flags, environment, a TOML file and defaults, in this order, each with its origin."""
 
+import difflib
 import json
 import os
 import tomllib
@@ -164,7 +165,9 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} is not valid TOML: {error}") from error
     for key in written:
         if key not in FIELDS:
-            raise InputError(f"{file}: {key!r} is not a setting; `localreason config show` lists them")
+            near = difflib.get_close_matches(key, FIELDS, 1)
+            meant = f"do you mean {near[0]!r}?" if near else f"there are {', '.join(FIELDS)}"
+            raise InputError(f"{file}: {key!r} is not a setting; {meant}")
     return written
 
 

@@ -127,13 +127,20 @@ def run_task(
       localreason eval mine.jsonl --grader choice --preset none --max-tokens 1024 -o mine
     """
     from .evaluation.compare import load
-    from .evaluation.configuration import make_configurations
+    from .evaluation.configuration import SEED_STEP, make_configurations
     from .evaluation.run import Plan, keys, paths, run
     from .evaluation.tasks import load_task
 
     settings = config.load({**context.params, "context": context_tokens})
     if "{problem}" not in template:
         raise typer.BadParameter(f"is {template!r}; write {{problem}} where the question goes", param_hint="--template")
+    last, most = settings.settings.seed + (repeats - 1) * SEED_STEP, 2**63 - 1
+    if last > most:
+        raise typer.BadParameter(
+            f"is {settings.settings.seed}; {repeats} repeats take seeds up to {last}, give at most "
+            f"{most - (repeats - 1) * SEED_STEP}",
+            param_hint="--seed",
+        )
     chosen = make_configurations(settings, presets or (), configurations or (), insist)
     loaded = load_task(task, settings.store / ".tasks", data, limit)
     plan = Plan(

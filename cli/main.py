@@ -1,5 +1,6 @@
 """The entry point: the table of command groups, the exit codes, and the one place where errors become sentences."""
 
+import errno
 import os
 import sys
 import traceback
@@ -39,6 +40,8 @@ class ExitCode(IntEnum):
     """Stopped by Ctrl-C; what was done is saved."""
 
 
+_UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS})
+"""What a full or a broken disk behind standard output says."""
 _CODES: tuple[tuple[type[LocalReasonError], ExitCode], ...] = (
     (ControlError, ExitCode.USAGE),
     (ModelError, ExitCode.MODEL),
@@ -138,9 +141,23 @@ def main(args: Sequence[str] | None = None, wiring: "Wiring | None" = None) -> i
     except LocalReasonError as error:
         _tell(f"localreason: {error}")
         return next((code for kind, code in _CODES if isinstance(error, kind)), ExitCode.FAILED)
+    except OSError as error:
+        if error.filename is None and error.errno not in _UNWRITABLE:
+            return _tell_bug(error)
+        if error.filename is None:  # nothing of ours is written without a name but standard output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit complain
+        place = "standard output" if error.filename is None else os.fsdecode(error.filename)
+        _tell(
+            f"localreason: {place} cannot be used: {error.strerror}; see its rights and the free space, or use another"
+        )
+        return ExitCode.OUTPUT
     except Exception as error:
-        _tell(f"localreason: this is a bug: {type(error).__name__}: {error}; set LOCALREASON_DEBUG=1 for the traceback")
-        return ExitCode.FAILED
+        return _tell_bug(error)
+
+
+def _tell_bug(error: Exception) -> int:
+    _tell(f"localreason: this is a bug: {type(error).__name__}: {error}; set LOCALREASON_DEBUG=1 for the traceback")
+    return ExitCode.FAILED
 
 
 def _tell(sentence: str) -> None:

@@ -36,13 +36,18 @@ class BadRow:
 
 
 def is_file(argument: str) -> bool:
-    """True where the argument means a file: it exists, or is named like one. Anything else is a question."""
+    """True where the argument means a file: it exists, or is named like one. Anything else is a question. Raises
+    InputError for a folder."""
     if argument == "-" or argument.lower().endswith(SUFFIXES):
         return True
     try:
-        return Path(argument).is_file()
+        path = Path(argument)
+        is_there, is_folder = path.exists(), path.is_dir()
     except (OSError, ValueError):  # too long for a name, or with a NUL: surely a question
         return False
+    if is_folder and argument:  # the empty path is the folder that one is in
+        raise InputError(f"{argument} is a folder; name a file of problems, or write a question")
+    return is_there  # a pipe, such as <(...), is a file too
 
 
 def question(text: str) -> Problem:

@@ -175,8 +175,8 @@ def _cells(run: Run) -> list[str]:
         f"{found.cut:.0%}",
         f"{found.unclosed:.0%}",
         f"{found.no_answer:.0%}",
-        f"{found.seconds:.2f}",
-        f"{found.tokens_per_second:.1f}",
+        f"{found.seconds:.2f}" if found.seconds else "",
+        f"{found.tokens_per_second:.1f}" if found.seconds else "",
         f"{found.peak_bytes / 2**20:.0f}" if found.peak_bytes else "",
     ]
 

@@ -46,9 +46,10 @@ class Summary:
     probe: float
     """Tokens of tentative answers, of all samples."""
     seconds: float
-    """Wall time of the run a row, others in flight beside it; too high after an interruption, by what was in flight."""
+    """Wall time of the run a row, others in flight beside it; too high after an interruption, by what was in flight;
+    0 where no row tells."""
     tokens_per_second: float
-    """All sampled tokens of the run in its wall time."""
+    """All sampled tokens of the run in its wall time; 0 where no row tells."""
     peak_bytes: int
     """The most resident memory of the run, the other configurations' turns before included; 0 where no row tells."""
 

@@ -47,6 +47,17 @@ def test_every_part_is_measured_and_written(tiny_model: Path, home: Path, capsys
     assert Path("b.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_file_that_cannot_be_written_costs_neither_the_measurement_nor_the_others(
+    tiny_model: Path, home: Path, capsys: pytest.CaptureFixture[str]
+):
+    Path("full.json").symlink_to("/dev/full")
+    files = ["-o", "full.json", "-o", "b.md"]
+    assert main(["bench", "-m", str(tiny_model), *SMALL, *files]) == ExitCode.OUTPUT
+    said = capsys.readouterr()
+    assert "full.json cannot be written: No space left" in said.err
+    assert Path("b.md").read_text() == said.out != ""
+
+
 def test_an_older_record_gives_ratios(tiny_model: Path, home: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["bench", "-m", str(tiny_model), *SMALL, "-o", "old.json"]) == ExitCode.OK
     old = json.loads(Path("old.json").read_text())

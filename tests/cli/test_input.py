@@ -1,5 +1,6 @@
 """Bad input: one sentence, the right exit code, and the other rows go on."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,11 @@ def test_what_is_a_file_and_what_a_question():
     assert not is_file("What is 1 + 1?")
     assert not is_file("x" * 100_000)
     assert not is_file("a\0b")
+    os.mkfifo("pipe")  # as <(...) gives one
+    assert is_file("pipe")
+    Path("folder").mkdir()
+    with pytest.raises(InputError, match="folder is a folder; name a file of problems"):
+        is_file("folder")
 
 
 def test_all_rows_bad_is_a_failure_of_the_input(model: str, capfd: pytest.CaptureFixture[str]):

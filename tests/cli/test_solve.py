@@ -17,6 +17,7 @@ from localreason.cli.main import ExitCode, main
 from localreason.cli.results import Row, problem_hash
 from tests.cli.conftest import rows
 from tests.cli.fake import FakeModel, wiring
+from tests.cluster.processes import RUN
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Problems = Callable[..., str]
@@ -229,6 +230,18 @@ def test_a_last_line_without_its_end_is_kept(model: str, problems: Problems):
 @pytest.mark.parametrize("output", ["no/such/folder/out.jsonl", ".", "/dev/full"])
 def test_an_output_that_cannot_be_written_is_an_output_error(model: str, problems: Problems, output: str):
     assert solve(problems("one"), "--model", model, "-o", output) == ExitCode.OUTPUT
+
+
+def test_what_the_system_refuses_is_an_output_error_with_the_place(
+    model: str, problems: Problems, capfd: pytest.CaptureFixture[str]
+):
+    assert solve(problems("one"), "--model", model, "-o", "x" * 300) == ExitCode.OUTPUT
+    assert f"{'x' * 300} cannot be used: File name too long" in capfd.readouterr().err
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*RUN, "config", "show"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == ExitCode.OUTPUT
+    assert done.stderr.count("\n") == 1
+    assert "standard output cannot be used: No space left on device" in done.stderr
 
 
 def test_a_full_disk_ends_the_run_and_leaves_whole_rows(model: str, problems: Problems):
