@@ -40,12 +40,14 @@ def is_file(argument: str) -> bool:
     InputError for a folder."""
     if argument == "-" or argument.lower().endswith(SUFFIXES):
         return True
+    if not argument:  # the path of the folder that one is in
+        return False
     try:
         path = Path(argument)
         is_there, is_folder = path.exists(), path.is_dir()
     except (OSError, ValueError):  # too long for a name, or with a NUL: surely a question
         return False
-    if is_folder and argument:  # the empty path is the folder that one is in
+    if is_folder:
         raise InputError(f"{argument} is a folder; name a file of problems, or write a question")
     return is_there  # a pipe, such as <(...), is a file too
 
