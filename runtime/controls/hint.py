@@ -2,8 +2,8 @@
 
 Source: arXiv 2506.18810 and its repository (run_main.py, utils.py). Where we deviate: only while thinking; never
 inside code, an open formula or a half-written tag; positions and lengths count this model's own tokens; the length that
-sets the interval is the sampled thinking, hints excluded; user-turn marks are those of the model's family. On models that
-cannot rewind the hint goes behind the first clause or line that ends after the interval.
+sets the interval is the sampled thinking, hints excluded; user-turn marks are those of the model's family. On models
+that cannot rewind the hint goes behind the first clause or line that ends after the interval.
 """
 
 from collections.abc import Iterable
