@@ -234,7 +234,15 @@ def _paired(
     options = build.make_options(sides[1].settings, build.make_recipe(sides[1].settings), 1, [todo[0].text])
     with wiring.open_model(sides[1].path, options, sides[1].settings):
         pass
-    found = [_solve(wiring, side, todo) for side in sides]
+    try:
+        found = [_solve(wiring, side, todo) for side in sides]
+    except KeyboardInterrupt:
+        print(
+            "localreason: what was solved is not kept here; `localreason eval` with each file, then `eval compare "
+            "--across-models`, keeps every row and goes on where it stopped",
+            file=sys.stderr,
+        )
+        raise
     recipe = build.make_recipe(sides[0].settings)
     row = {"name": file.name, "n": len(todo), "recipe": build.describe(recipe, sides[0].settings)}
     return row, compare_outcomes(found[0], found[1], len(todo), recipe.seed)

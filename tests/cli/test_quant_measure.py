@@ -118,6 +118,18 @@ def test_everything_is_read_before_anything_is_measured(tiny_model, text, capsys
     assert not Path("out.json").exists()
 
 
+def test_an_interruption_tells_that_nothing_solved_is_kept_and_what_would_keep_it(
+    tiny_model, problems, capsys, monkeypatch
+):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("localreason.cli.quant_measure._solve", interrupted)
+    code, _, said = run(capsys, "measure", tiny_model, tiny_model, "--problems", problems("one"), wired=wiring())
+    assert code == ExitCode.INTERRUPTED
+    assert "what was solved is not kept here; `localreason eval`" in said
+
+
 def test_what_is_measured_is_written_although_a_later_part_fails(tiny_model, text, problems, capsys):
     args = ("--text", text, "--context", 64, "--problems", problems("this is too long"), "--out", "out.json", "--json")
     code, printed, _ = run(capsys, "measure", tiny_model, tiny_model, *args, wired=wiring([]))
