@@ -33,6 +33,7 @@ _STEP_SECONDS = 60.0
 """Longest wait for the next node or the head to take a step."""
 _FREE_SECONDS = 3.0
 """How long a head waits for a node that another one has before it is told so."""
+_MEASURE_SECONDS = 60.0
 _MOST_ECHO = 4 << 20
 _MOST_HOSTS = 16
 _MISSED = {NextLost: wire.NEXT, HeadLost: wire.HEAD}
@@ -174,8 +175,10 @@ class Node(service.RingServicer):
             self._holder, is_mine = shown(opening.open.head, MOST_NAME) or "a head", True
             self._free.clear()
             await outgoing.put(wire.FromNode(beat=wire.Beat(is_held=True)))
-            async with self._profiling:
-                pass  # no other begins any more
+            # A measurement ends first, and no other begins any more; one that hangs keeps nobody for good.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_MEASURE_SECONDS), self._profiling:
+                    pass
             await self._serve(opening.open, inlet, outgoing, caller)
         except LocalReasonError as error:
             text = shown(str(error), MOST_TEXT)
