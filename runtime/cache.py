@@ -1,6 +1,5 @@
 """A llama_context and its cache: batches, forks and states, each call checked against what the sequences hold."""
 
-import contextlib
 import ctypes
 from typing import Any
 
@@ -62,7 +61,7 @@ class Cache:
         self.n_context: int = lib.llama_n_ctx(self._pointer)
         self.n_batch: int = lib.llama_n_batch(self._pointer)
         self.lengths = [0] * n_sequences
-        self._decode = lib.llama_decode
+        self._decode = lib.llama_decode if tap is None and watch is None else self._decode_watched
         self._logits = native.address_of_logits()
         self._views: dict[int, Logits] = {}
         self._address = 0
@@ -123,8 +122,7 @@ class Cache:
             self._tap.begin()
         native_batch.n_tokens = n
         try:
-            with contextlib.nullcontext() if self._tap is None else native.interrupts_after():
-                status = self._decode(context, native_batch)
+            status = self._decode(context, native_batch)
         except BaseException:  # Ctrl-C arrives when the call returns: the tokens are in the cache
             self._read_lengths()
             raise
@@ -133,6 +131,11 @@ class Cache:
         for span in batch:
             self.lengths[span.sequence_id] += len(span.tokens)
         return self._rows(n_rows) if self._tap is None else self._tapped(batch, native_batch, n_rows)
+
+    def _decode_watched(self, context: Any, native_batch: Any) -> int:
+        """Evaluate where llama.cpp calls back for each node: Ctrl-C would be lost in there."""
+        with native.interrupts_after():
+            return self._lib.llama_decode(context, native_batch)
 
     def _tapped(self, batch: Batch, native_batch: Any, n_rows: int) -> NDArray[np.float32]:
         """What the tap caught; the batch is run again where the graph was another one than before."""
