@@ -76,24 +76,29 @@ def _is_possible(seconds: float, width: float) -> bool:
 
 
 async def answering(channels: list[grpc.aio.Channel]) -> grpc.aio.Channel:
-    """The first of several ways to a machine that answers, or the first where none does; the others are closed."""
+    """The first of several ways to a machine that answers; the others are closed. Raises AioRpcError where none
+    does."""
 
     async def ask(channel: grpc.aio.Channel) -> grpc.aio.Channel:
         await service.RingStub(channel).Echo(wire.EchoRequest(), timeout=_CALL_SECONDS)
         return channel
 
-    best, asking = channels[0], [asyncio.create_task(ask(channel)) for channel in channels]
+    best, asking = None, [asyncio.create_task(ask(channel)) for channel in channels]
     try:
+        failure: Exception | None = None
         for answered in asyncio.as_completed(asking):
-            with contextlib.suppress(grpc.aio.AioRpcError):
+            try:
                 best = await answered
-                break
+                return best
+            except grpc.aio.AioRpcError as error:
+                failure = error
+        assert failure is not None, "there is a way to ask"
+        raise failure
     finally:
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
         await asyncio.gather(*(channel.close() for channel in channels if channel is not best))
-    return best
 
 
 async def measured(stub: service.RingStub) -> wire.Connected:

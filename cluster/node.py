@@ -230,7 +230,10 @@ class Node(service.RingServicer):
             if connect.host:
                 hosts = dict.fromkeys([connect.host, *connect.other_hosts[:_MOST_HOSTS]])
                 channels = [self._gate.channel(host, connect.port, connect.certificate) for host in hosts]
-                channel = await stack.enter_async_context(await answering(channels))
+                try:
+                    channel = await stack.enter_async_context(await answering(channels))
+                except grpc.aio.AioRpcError as error:
+                    raise NextLost(f"the next node of the ring does not answer at {', '.join(hosts)}") from error
                 connected = await measured(service.RingStub(channel))
                 tasks.append(asyncio.create_task(_pump(session, channel)))
             else:

@@ -35,8 +35,8 @@ _N_FAULTS = 4
 """Page faults between two looks that tell a step that reads; each may bring megabytes."""
 _MOST_WAITING = 64
 """Steps; a head has far fewer in flight."""
-_MOST_WORDS = 1 << 20
-"""Bytes of a step besides its rows."""
+_BESIDE_BYTES = 1 << 20
+"""Most bytes of a step besides its rows."""
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ class Session:
             raise ProtocolError(f"a step for window {step.hop} came; this node has {self._order}")
         if self._inbox.qsize() + self.results.qsize() >= _MOST_WAITING:
             raise ProtocolError(f"{_MOST_WAITING} steps wait already; a head sends fewer")
-        most = 4 * self.terms.options.n_batch * self._hops[step.hop].window.n_embd + _MOST_WORDS
+        most = 4 * self.terms.options.n_batch * self._hops[step.hop].window.n_embd + _BESIDE_BYTES
         if (n_bytes := step.ByteSize()) > most:  # before it waits, for many of the longest messages would fill a memory
             raise ProtocolError(f"a step of {n_bytes} bytes came; {most} are the most")
         self._inbox.put(step)

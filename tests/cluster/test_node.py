@@ -13,7 +13,9 @@ from localreason.cluster.gate import PlainGate
 from localreason.cluster.home import Home, Seen
 from localreason.cluster.member import Address, Member
 from localreason.cluster.node import Node, NodeOptions, serve
+from localreason.cluster.session import Session, Terms
 from localreason.cluster.store import Store
+from localreason.cluster.window import WindowOptions
 from localreason.cluster.wire import ring_pb2 as wire
 from localreason.cluster.wire import ring_pb2_grpc as service
 from localreason.cluster.wire.ring_pb2 import DescribeReply
@@ -110,6 +112,40 @@ def test_a_measurement_goes_on_without_its_caller_and_keeps_others_and_sessions_
 
     asyncio.run(asyncio.wait_for(ask(), 20))
     assert most == [1]
+
+
+def test_a_node_that_says_what_nobody_asked_is_let_go():
+    async def words():
+        for _ in range(100):
+            yield wire.FromNode(want=wire.Want())
+
+    async def listen():
+        member = Member(Address("attic", "127.0.0.1", 1), PlainGate())
+        await member._listen(words())
+        return member.error
+
+    assert "says what nobody asked" in str(asyncio.run(listen()))
+
+
+def test_a_head_that_takes_no_results_loses_its_session(folder, monkeypatch):
+    monkeypatch.setattr("localreason.cluster.node._STEP_SECONDS", 0.05)
+
+    class Context:
+        def invocation_metadata(self):
+            return (("session-bin", b"x" * 16), ("role", "out"))
+
+        async def write(self, step):
+            await asyncio.Event().wait()
+
+    async def flow():
+        node = Node(NodeOptions("attic", 1), Store(folder / "own", 1 << 20), PlainGate(), print)
+        terms = Terms(b"x" * 16, "head", WindowOptions(256, 1, 8), wire.RowType.F32, False, frozenset({""}))
+        session = node._session = Session(terms, 1)
+        session.results.put_nowait(wire.Step())
+        await node.Flow(None, Context())
+        return session.failure.result()
+
+    assert "the head took no result" in str(asyncio.run(asyncio.wait_for(flow(), 20)))
 
 
 def test_a_busy_node_is_measured_once_it_is_free(tmp_path, monkeypatch):

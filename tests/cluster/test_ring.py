@@ -109,6 +109,21 @@ def test_a_neighbour_that_the_heads_address_does_not_lead_to_is_reached_by_anoth
         assert ring.timing.recoveries == []
 
 
+def test_a_neighbour_that_answers_nowhere_is_lost_before_anything_is_asked(
+    model, head, nodes, folder, expected, monkeypatch
+):
+    connect, told = Member.connect, []
+
+    def cut_off(member, following):
+        return connect(member, following and replace(following, host="127.0.0.9", other_hosts=("127.0.0.8",)))
+
+    monkeypatch.setattr(Member, "connect", cut_off)
+    with ring_of(model, head, nodes, folder, tell=told.append) as ring:
+        assert [window.member for window in ring.placement.windows] == ["attic", HEAD]
+        assert np.array_equal(script(ring), expected)
+    assert any(text.startswith("phone is lost") and "does not answer at 127.0.0.9, 127.0.0.8" in text for text in told)
+
+
 def test_a_head_with_the_first_window_too(model, head, nodes, folder, expected):
     windows = (Assignment(HEAD, 0, 2), Assignment("attic", 2, 5), Assignment(HEAD, 5, 7))
     with ring_of(model, head, nodes[:1], folder, lambda _: Placement(windows)) as ring:
@@ -271,6 +286,13 @@ def test_losing_all_nodes_leaves_the_head_alone(model, head, spare, folder, expe
         assert ring.placement.windows == (Assignment(HEAD, 0, N_LAYERS),)
 
 
+def of_two(names):
+    """A model that needs two nodes."""
+    if len(names) < 2:
+        raise PlanImpossible("the model takes 9 GiB and 4 are there; add a node")
+    return evenly(names)
+
+
 def test_a_model_that_fits_nowhere_any_more_is_a_clear_error_until_a_node_is_back(
     model, head, spare, folder, expected, monkeypatch
 ):
@@ -278,17 +300,12 @@ def test_a_model_that_fits_nowhere_any_more_is_a_clear_error_until_a_node_is_bac
     monkeypatch.setattr("localreason.cluster.roster._RETRY_SECONDS", 0.5)
     back, told = threading.Event(), []
 
-    def place(names):
-        if len(names) < 2:
-            raise PlanImpossible("the model takes 9 GiB and 4 are there; add a node")
-        return evenly(names)
-
     def tell(text):
         told.append(text)
         if "answers again" in text:
             back.set()
 
-    with ring_of(model, head, spare, folder, place, tell=tell) as ring:
+    with ring_of(model, head, spare, folder, of_two, tell=tell) as ring:
         ring.decode([Span(0, 0, PROMPT)])
         port = spare[0].port
         spare[0].kill()
@@ -311,17 +328,12 @@ def test_an_answer_waits_a_moment_for_a_node_without_which_the_model_does_not_fi
     monkeypatch.setattr("localreason.cluster.roster._RETRY_SECONDS", 0.2)
     port, told = spare[0].port, []
 
-    def place(names):
-        if len(names) < 2:
-            raise PlanImpossible("the model takes 9 GiB and 4 are there; add a node")
-        return evenly(names)
-
     def tell(text):
         told.append(text)
         if "does not fit without" in text:
             spare[0].start(port)
 
-    with ring_of(model, head, spare, folder, place, tell=tell) as ring:
+    with ring_of(model, head, spare, folder, of_two, tell=tell) as ring:
         ring.decode([Span(0, 0, PROMPT)])
         spare[0].kill()
         ring.rewind(0, 0)
