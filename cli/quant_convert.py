@@ -187,15 +187,11 @@ def _pairs(texts: list[str]) -> tuple[tuple[str, str], ...]:
 
 def _check_output(output: Path, model: Path, texts: Path, is_forced: bool) -> None:
     """Refuse, before the work, a file that cannot be written. Raises OutputError."""
-    if not output.parent.is_dir():
-        raise OutputError(f"there is no folder {output.parent} to write {output.name} in; make it or give another -o")
-    if output.is_symlink() and not output.exists():  # it would be replaced by a file in another place than is meant
-        raise OutputError(f"{output} is a link to {output.readlink()}, which is not there; give another -o")
-    if output.exists():
-        if not output.is_file() or any(other.exists() and output.samefile(other) for other in (model, texts)):
-            raise OutputError(f"{output} is what is read, or no regular file; give another -o")
-        if not is_forced:
-            raise OutputError(f"{output} is there already; give --force to replace it, or another -o")
+    from ..quant.convert import check_target
+
+    check_target(model, output, is_forced)
+    if output.exists() and texts.exists() and output.samefile(texts):
+        raise OutputError(f"{output} is what is read; name another file")
 
 
 @contextmanager
