@@ -8,7 +8,7 @@ from localreason.runtime.controls.control import Probe, Reading
 from localreason.runtime.controls.suppress import resolve
 from localreason.runtime.decode import Request, decode
 from localreason.runtime.errors import ControlError
-from localreason.runtime.events import Finished, Noted
+from localreason.runtime.events import Finished, Noted, Token
 from localreason.runtime.formats import FORMATS
 from localreason.runtime.phase import PhaseTracker
 from localreason.runtime.sequence import Origin, Phase, Sequence
@@ -308,6 +308,14 @@ class TestHint:
         [one], _, engine = run({"Q<think>": text + "</think>7"}, ["hint"], invisible=HINT, can_rewind=False)
         assert reply(one).startswith(chunk + code + " so," + HINT + " it is.")
         assert not [call for call in engine.calls if call[0] == "rewind" and call[2]]
+
+    def test_a_sequence_tells_a_half_written_tag(self):
+        tokenizer = ByteTokenizer()
+        engine = ScriptedEngine(script(tokenizer, {"Q<think>": "a <b</think>7"}), tokenizer.n_vocab)
+        sequence = Sequence(tokenizer.encode("Q<think>", special=True))
+        request = Request(sequence, PhaseTracker(FORMAT, "<think>"), lambda r: int(r.argmax()), [])
+        seen = [sequence.is_in_tag for event in decode(engine, tokenizer, [request]) if isinstance(event, Token)]
+        assert seen[:4] == [False, False, True, False]
 
     def test_no_hint_where_a_tag_is_half_written(self):
         control = CONTROLS["hint"](parse("hint:alpha=1"), Setup(ByteTokenizer(), FORMAT))

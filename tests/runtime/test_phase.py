@@ -71,6 +71,13 @@ def test_text_that_may_become_a_tag_is_shown_when_the_reply_ends():
     assert read("think", "<think>", [b"a</thin"])[1] == "a</thin"
 
 
+def test_what_may_be_the_beginning_of_a_tag_is_told():
+    tracker = PhaseTracker(FORMATS["think"], "<think>")
+    for piece, is_in_tag in ((b"a ", False), (b"<", True), (b"/th", True), (b"e ", False), (b"</think>", False)):
+        tracker.feed(piece, 0)
+        assert tracker.is_in_tag == is_in_tag, piece
+
+
 def test_a_tag_that_could_have_grown_counts_at_the_end_of_the_prompt_and_of_the_reply():
     assert PhaseTracker(FORMATS["gemma4"], "<|turn>model\n<|channel>thought").phase is Phase.THINK
     tracker, _, answer = read("gemma4", "", [b"<|channel>thought"])

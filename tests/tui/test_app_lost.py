@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 
 import pytest
 
@@ -187,6 +188,29 @@ def test_a_running_reply_is_copied_as_far_as_it_is(tmp_path):
         await stage.settle()
         await stage.press("f5")
         assert stage.app.clipboard == "So far"
+
+    play(tmp_path, scene)
+
+
+def test_a_model_whose_name_cannot_be_noted_is_opened_all_the_same(tmp_path, monkeypatch):
+    async def scene(stage):
+        await stage.talk()
+        monkeypatch.setattr(History, "set_model", locked)
+        stage.chat.open_model("demo")
+        await stage.told("in use by another program")
+        assert stage.dialogue.model == "demo"
+
+    play(tmp_path, scene)
+
+
+def test_a_signal_to_end_leaves_the_terminal_in_order(tmp_path):
+    async def scene(stage):
+        await stage.ask()
+        stage.script.answer("So far")
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(20):
+            while not stage.app._exit:
+                await asyncio.sleep(0)
 
     play(tmp_path, scene)
 

@@ -46,6 +46,9 @@ def test_what_is_stored_is_read_again(history, path):
         loaded = other.load(conversation.id)
     assert loaded.title == "How far is the moon?" == conversation.title
     assert loaded.model == "tiny"
+    assert history.create("m\udc80").model == "m?"
+    history.set_model(conversation.id, "n\udc80")
+    assert history.load(conversation.id).model == "n?"
     assert loaded.path()[0] == question
     assert loaded.path()[1].content == "384400 km"
     assert loaded.path()[1].thinking == "far?"

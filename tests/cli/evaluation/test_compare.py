@@ -218,7 +218,10 @@ def test_rows_of_before_lack_what_came_later(home: Path, capsys: pytest.CaptureF
     later = ("problem", "gold", "repeat", "is_unclosed", "wall_seconds", "peak_bytes", "trace")
     old = {name: value for name, value in json.loads(to_line(row())).items() if name not in later}
     (home / "r.jsonl").write_text(json.dumps(old) + "\n")
-    assert compare("r.jsonl") == ExitCode.OK
+    assert compare("r.jsonl", "--markdown") == ExitCode.OK
+    head, _, cells = ([cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()[:3])
+    told = dict(zip(head, cells, strict=True))
+    assert [told[name] for name in ("s each", "tokens/s", "peak MiB")] == ["", "", ""], "no row tells them"
 
 
 def test_without_plots_matplotlib_is_not_needed(home: Path):

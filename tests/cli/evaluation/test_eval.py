@@ -148,6 +148,17 @@ def test_results_of_another_evaluation_are_left_alone(
     assert run(name, "--model", model, *args, "--force") == ExitCode.OK
 
 
+def test_seeds_that_no_file_could_hold_are_refused_before_anything_is_solved(
+    model: str, problems: Problems, capfd: pytest.CaptureFixture[str]
+):
+    models: list[FakeModel] = []
+    args = ("--model", model, "-k", "2", "--seed")
+    assert run(problems("one"), *args, str(2**63 - 1), models=models) == ExitCode.USAGE
+    assert f"give at most {2**63 - 65}" in "".join(capfd.readouterr().err.replace("│", "").split("\n"))
+    assert models == []
+    assert run(problems("one"), *args, str(2**63 - 65)) == ExitCode.OK
+
+
 @pytest.mark.parametrize("args", [("--grader", "number"), ("--max-tokens", "25"), ("-c", "budget:max=9")])
 def test_force_runs_anew_what_was_run_otherwise(
     model: str, problems: Problems, capfd: pytest.CaptureFixture[str], args: tuple[str, ...]
