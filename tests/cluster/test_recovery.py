@@ -115,6 +115,7 @@ def test_a_node_that_loads_for_long_does_not_cost_the_others_their_session(model
         NodeProcess(folder, "modem", head) as slow,
         ring_of(model, head, [fast, slow], folder) as ring,
     ):
+        assert [window.member for window in ring.placement.windows] == ["cable", "modem", HEAD]
         assert np.array_equal(script(ring), expected)
         assert ring.timing.recoveries == []
 
@@ -134,15 +135,19 @@ def test_nodes_that_missed_the_head_stay_in_the_ring(model, head, spare, folder,
 def test_a_node_outlives_the_terminal_that_it_was_started_in(model, head, folder, expected):
     node = NodeProcess(folder, "shed", head)
     reader, writer = os.pipe()
-    with subprocess.Popen(node.command(), stdout=writer, stderr=writer) as process:
+    with (
+        subprocess.Popen(node.command(), stdout=writer, stderr=writer) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.terminate)
         os.close(writer)
         with os.fdopen(reader) as terminal:
             node.port = next(int(line.rsplit(" ", 1)[1]) for line in terminal if "listening on port" in line)
             assert "is ready" in next(terminal)
         for _ in range(2):
             with ring_of(model, head, [node], folder) as ring:
+                assert [window.member for window in ring.placement.windows] == ["shed", HEAD]
                 assert np.array_equal(script(ring), expected)
-        process.terminate()
 
 
 def test_a_node_that_another_head_took_meanwhile_is_done_without(model, head, spare, folder, expected, monkeypatch):

@@ -105,6 +105,7 @@ def test_a_neighbour_that_the_heads_address_does_not_lead_to_is_reached_by_anoth
 
     monkeypatch.setattr(Member, "connect", cut_off)
     with ring_of(model, head, nodes, folder) as ring:
+        assert [window.member for window in ring.placement.windows] == ["attic", "phone", HEAD]
         assert np.array_equal(script(ring), expected)
         assert ring.timing.recoveries == []
 
