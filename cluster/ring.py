@@ -210,18 +210,18 @@ class RingEngine:
 
     def _recover(self, lost: Lost) -> None:
         """Go on without a node, or with the same ones where this machine was asleep."""
-        started, n_held = time.perf_counter(), sum(map(len, self._journal.base.tokens))
+        started = time.perf_counter()
         self._end_formation()
         if lost.member != HEAD:
             self._roster.lose(lost.member, lost.reason)
-        self._restore(is_woken=lost.member == HEAD)
+        n_held = self._restore(is_woken=lost.member == HEAD)
         self.timing.recoveries.append((lost.member, time.perf_counter() - started))
         how = f"without {lost.member}" if lost.member != HEAD else f"in a new ring, since {lost.reason}"
         self._tell(f"going on {how}; {n_held} tokens are evaluated again")
 
-    def _restore(self, is_woken: bool = False) -> None:
-        """Form a ring, evaluate what was held, send again what was under way. Raises as `_form` does; the journal
-        keeps everything, for the next attempt."""
+    def _restore(self, is_woken: bool = False) -> int:
+        """Form a ring, evaluate what was held, send again what was under way; the tokens that were held. Raises as
+        `_form` does; the journal keeps everything, for the next attempt."""
         self._flights, self._due, self._number, self._awaited = {}, [], 0, {}
         if self._journal.is_unwanted:
             self._journal.absorb()
@@ -234,9 +234,10 @@ class RingEngine:
             while len(self._flights) >= self.n_in_flight:
                 self._advance()
                 if self._ring is not ring:  # another node was lost, and that was mended in there
-                    return
+                    return n_held
         for entry in list(self._journal.pending):
             self._issue(entry)
+        return n_held
 
     # --- the engine ---------------------------------------------------------------------------------------------
 
