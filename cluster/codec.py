@@ -19,6 +19,8 @@ LONGEST_MESSAGE = 32 << 20
 ROW_TYPES = {"f32": wire.F32, "f16": wire.F16, "i8": wire.I8}
 _DTYPES = {wire.F32: np.dtype("<f4"), wire.F16: np.dtype("<f2"), wire.I8: np.dtype("i1")}
 _LARGEST = {wire.F16: np.float32(65504), wire.I8: np.float32(127)}
+_LEAST_SCALE = np.finfo(np.float32).tiny
+"""Below it numbers lose digits, and a row divided by so rough a scale could pass what the type holds."""
 VALUE_BYTES = {name: _DTYPES[kind].itemsize for name, kind in ROW_TYPES.items()}
 """Bytes of one number of an activation on the wire."""
 
@@ -29,7 +31,8 @@ def pack_rows(rows: NDArray[np.float32], row_type: wire.RowType) -> wire.Rows:
         return wire.Rows(type=wire.F32, data=rows.astype("<f4", copy=False).tobytes())
     with np.errstate(invalid="ignore"):  # what is no number stays none, and the logits tell
         scales = np.abs(rows).max(axis=1, keepdims=True).astype("<f4") / _LARGEST[row_type]
-        values = rows / np.where(scales == 0, 1, scales)
+        scales = np.maximum(scales, _LEAST_SCALE)
+        values = rows / scales
         data = (np.rint(values) if row_type == wire.I8 else values).astype(_DTYPES[row_type])
     return wire.Rows(type=row_type, data=data.tobytes(), scales=scales.tobytes())
 

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -21,6 +21,8 @@ ROWS = arrays.arrays(
 
 @settings(max_examples=100, deadline=None)
 @given(ROWS, st.sampled_from(sorted(ROW_TYPES)))
+@example(np.array([[2.90495e-40]], np.float32), "f16")
+@example(np.array([[1e-44, 0.0], [0.0, 0.0]], np.float32), "i8")
 def test_rows_come_back_within_what_their_type_holds(rows, row_type):
     message = wire.Rows.FromString(pack_rows(rows, ROW_TYPES[row_type]).SerializeToString())
     found = unpack_rows(message, *rows.shape)
