@@ -1,4 +1,4 @@
-"""What layers cost on a device: the numbers of a model, of links, and tables of seconds and limits. Pure.
+"""What layers cost on a device: the numbers of a model, of links, and seconds of a step. Pure.
 
 One token on one device takes `busy` seconds: bytes of weights over the measured speed of their type, and the cells of
 the cache over the memory bandwidth; layers on the GPU take their bytes over its speed. A step of several samples takes
@@ -15,8 +15,9 @@ the round is longer than its computing and reading. Its solution is
     token = max( sum(busy + max(0, D - kA) / disk) + hops , max over devices of (busy + reload) ).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ N_BATCHES = (1, 2, 4, 8, 16, 32)
 """Over how many batches samples may be spread; a node lets twice as many wait as the most."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelCosts:
     """A model as the plan sees it; all sizes are bytes."""
 
@@ -67,10 +68,30 @@ class ModelCosts:
     def n_layers(self) -> int:
         return len(self.layer_bytes)
 
+    @cached_property
+    def weights(self) -> Array:
+        """`layer_bytes` to calculate with."""
+        return np.array(self.layer_bytes, np.float64)
+
+    @cached_property
+    def types(self) -> tuple[list[str], NDArray[np.intp]]:
+        """The ggml types that there are, and which of them each layer, and last the output, is of."""
+        names, numbers = np.unique([*self.layer_type, self.output_type], return_inverse=True)
+        return names.tolist(), numbers
+
+    @cached_property
+    def is_barred(self) -> NDArray[np.bool_]:
+        """Whether windows cannot be cut out, (first, end)."""
+        found = np.zeros((self.n_layers + 1, self.n_layers + 1), np.bool_)
+        for window in self.barred:
+            found[window] = True
+        return found
+
     def read_bytes(self, n_rows: int) -> Array:
         """Weights of each layer that so many rows are multiplied with, no two of them with the same experts."""
-        weights, parts = np.array(self.layer_bytes, np.float64), np.array(self.expert_parts or 0.0)
-        return weights * (1 - parts * (1 - min(1.0, n_rows * self.expert_share)))
+        if not self.expert_parts:
+            return self.weights
+        return self.weights * (1 - np.array(self.expert_parts) * (1 - min(1.0, n_rows * self.expert_share)))
 
     @property
     def held_cache_bytes(self) -> int:
@@ -108,6 +129,12 @@ class Links:
         pairs |= {(one, twin): link for (one, other), link in self.pairs.items() if other == name}
         between = {} if name == head else {(name, twin): self.of(name, head), (twin, name): self.of(head, name)}
         return Links({**self.pairs, **pairs, **between}, self.default)
+
+    def hops(self, names: Sequence[str], n_bytes: int) -> tuple[Array, Array]:
+        """`seconds` and `transfer_seconds` from each of `names` to each."""
+        links = np.array([[self.of(one, other) for other in names] for one in names])
+        uses = n_bytes / links[..., 1]
+        return links[..., 0] + uses, uses
 
     def seconds(self, one: str, other: str, n_bytes: int) -> float:
         """A hop of `n_bytes`."""
@@ -166,28 +193,28 @@ def rates(costs: ModelCosts, device: Device, step: Step) -> Rates:
 
     Many rows on a GPU are taken to be faster by what one is; the last row's output is left out of a prefill.
     """
-    gpu_speed, n_rows = device.gpu_speed or np.inf, step.n_rows
-
-    def of_rows(one: Array, all: Array, kinds: Sequence[str]) -> tuple[Array, Array]:
-        """On the CPU and on the GPU, of the weights that one row and all rows are multiplied with."""
-        known = {
-            kind: (device.weight_speed(kind), device.prefill_speed(kind), device.row_cost(kind, n_rows))
-            for kind in set(kinds)
-        }
-        speed, prefill, cost = np.array([known[kind] for kind in kinds]).T
-        many = one * step.n_tokens / prefill
-        if step.n_prompt:
-            return many, many * speed / gpu_speed
-        # Rows of a mixture that need other experts each read their own.
-        on_cpu = np.minimum(np.maximum(cost, n_rows) * one, all - one + cost * one) / speed
-        return on_cpu, np.maximum(all, many * speed) / gpu_speed
-
-    cpu, gpu = of_rows(costs.read_bytes(1), costs.read_bytes(n_rows), costs.layer_type)
+    gpu_speed, n_rows, (names, numbers) = device.gpu_speed or np.inf, step.n_rows, costs.types
+    known = [(device.weight_speed(name), device.prefill_speed(name), device.row_cost(name, n_rows)) for name in names]
+    speed, prefill, cost = np.array(known).T[:, numbers]
+    # Of the weights that one row and all rows are multiplied with.
+    one, all = (np.concatenate((costs.read_bytes(n), [costs.output_bytes])) for n in (1, n_rows))
+    many = one * step.n_tokens / prefill
     if step.n_prompt:
-        return Rates(cpu, gpu, 0.0, 0.0)
-    cache, output = n_rows * costs.read_cache_bytes, np.array([costs.output_bytes], np.float64)
-    [output_cpu], [output_gpu] = of_rows(output, output, [costs.output_type])
-    return Rates(cpu + cache / device.memory_bandwidth, gpu + cache / gpu_speed, float(output_cpu), float(output_gpu))
+        return Rates(many[:-1], (many * speed / gpu_speed)[:-1], 0.0, 0.0)
+    # Rows of a mixture that need other experts each read their own.
+    cpu = np.minimum(np.maximum(cost, n_rows) * one, all - one + cost * one) / speed
+    gpu, cache = np.maximum(all, many * speed) / gpu_speed, n_rows * costs.read_cache_bytes
+    output_cpu, output_gpu = float(cpu[-1]), float(gpu[-1])
+    return Rates(cpu[:-1] + cache / device.memory_bandwidth, gpu[:-1] + cache / gpu_speed, output_cpu, output_gpu)
+
+
+RatesOf = Callable[[str, Step], Rates]
+
+
+def known_rates(costs: ModelCosts, devices: Sequence[Device]) -> RatesOf:
+    """`rates` of each of some devices by its name, each worked out once."""
+    by_name = {device.name: device for device in devices}
+    return cache(lambda name, step: rates(costs, by_name[name], step))
 
 
 def reload_bytes(costs: ModelCosts, device: Device, ram_weights: Array, ram_cache: Array, n_rounds: int) -> Array:
@@ -212,19 +239,18 @@ def has_gpu(device: Device) -> bool:
 
 
 def least_seconds(
-    costs: ModelCosts, devices: Sequence[Device], is_disk_allowed: bool, step: Step
+    costs: ModelCosts, devices: Sequence[Device], known: Sequence[Rates], is_disk_allowed: bool
 ) -> tuple[float, float]:
     """Seconds that no ring's sum is below, each layer where it is quickest, and none's slowest step, the quickest layer
     shared out in fractions."""
     layer = min(costs.layer_bytes) + costs.held_cache_bytes
     places, quickest, outputs = [], [], []
-    for device in devices:
-        rate = rates(costs, device, step)
+    for device, rate in zip(devices, known, strict=True):
         is_here = has_gpu(device)
         quickest.append(np.minimum(rate.cpu, rate.gpu) if is_here else rate.cpu)
         outputs.append(min(rate.output_cpu, rate.output_gpu) if is_here else rate.output_cpu)
         there = [(rate.cpu.min(), np.inf if is_disk_allowed else device.memory_bytes / layer), (np.inf, 0.0)]
-        if has_gpu(device):
+        if is_here:
             there[1] = (rate.gpu.min(), device.gpu_memory_bytes / layer)
         places.append(sorted(there))
     seconds, rooms = np.array(places).transpose(2, 0, 1)
@@ -239,115 +265,3 @@ def least_seconds(
         middle = (low + high) / 2
         low, high = (low, middle) if n_layers(middle) >= costs.n_layers else (middle, high)
     return float(np.min(quickest, axis=0).sum()) + outputs[0], low
-
-
-@dataclass(frozen=True, slots=True)
-class Exact:
-    """One round, layers of any sizes. Arrays over (first, split, end): layers [first, split) are on the CPU and
-    [split, end) on the GPU; `own[first, split]` + `gpu[split, end]` are the seconds, infinite where impossible.
-    With a GPU there may be a second pair: no layers and no output on it."""
-
-    own: Array
-    gpu: Array | None
-    without: Array | None
-    best: Array
-    """Seconds of layers [first, end), the split chosen, (n_layers + 1, n_layers + 1)."""
-
-    def split(self, first: int, end: int) -> tuple[int, bool]:
-        """Number of GPU layers of the best split, and whether the output is on the GPU."""
-        if self.gpu is None:
-            return 0, False
-        if self.without is not None and self.without[first, end] <= self.best[first, end]:
-            return 0, False
-        sums = self.own[first, first : end + 1] + self.gpu[first : end + 1, end]
-        return end - first - int(np.argmin(sums)), True
-
-
-def exact(costs: ModelCosts, device: Device, is_head: bool, is_disk_allowed: bool, step: Step) -> Exact:
-    """The table of one device for one round."""
-    rate = rates(costs, device, step)
-    weights, cpu, gpu = (_prefix(values) for values in (np.array(costs.layer_bytes, np.float64), rate.cpu, rate.gpu))
-    count = np.arange(costs.n_layers + 1, dtype=np.float64)
-    output = costs.output_bytes if is_head else 0
-
-    def on_cpu(output_bytes: int, output_seconds: float) -> Array:
-        ram = _between(weights) + output_bytes
-        over = reload_bytes(costs, device, ram, _between(count) * costs.held_cache_bytes, 1)
-        seconds = _between(cpu) + output_seconds + reload_seconds(device, over, is_disk_allowed)
-        return np.where(_between(count) < 0, np.inf, seconds)
-
-    plain = on_cpu(output, rate.output_cpu if is_head else 0.0)
-    if not has_gpu(device):
-        return Exact(plain, None, None, plain)
-    held = _between(weights) + _between(count) * costs.held_cache_bytes + output + costs.scratch_bytes
-    # A GPU without any layer holds nothing.
-    is_held = (held <= device.gpu_memory_bytes) | ((_between(count) == 0) & (not is_head))
-    seconds = _between(gpu) + (rate.output_gpu if is_head else 0.0)
-    there = np.where((_between(count) >= 0) & is_held, seconds, np.inf)
-    own = on_cpu(0, 0.0)
-    best = _best_split(own, there)
-    return Exact(own, there, plain if is_head else None, np.minimum(best, plain) if is_head else best)
-
-
-def _prefix(values: Array) -> Array:
-    return np.concatenate(([0.0], np.cumsum(values)))
-
-
-def _between(prefix: Array) -> Array:
-    """Sums of [first, end) as (first, end)."""
-    return prefix[None, :] - prefix[:, None]
-
-
-def _best_split(own: Array, gpu: Array) -> Array:
-    """Least sum over the split of own[first, split] + gpu[split, end]."""
-    best = np.full_like(own, np.inf)
-    for split in range(len(own)):
-        part = best[: split + 1, split:]
-        np.minimum(part, own[: split + 1, split, None] + gpu[None, split, split:], out=part)
-    return best
-
-
-@dataclass(frozen=True, slots=True)
-class Uniform:
-    """Several rounds, layers taken as equal. Arrays over (number of layers, choice): the seconds that count in the
-    sum, those that bound the token from below, and of each choice the GPU layers and the place of the output."""
-
-    total: Array
-    bound: Array
-    choices: tuple[tuple[int, bool], ...]
-
-    def best(self, limit: float) -> tuple[Array, NDArray[np.intp]]:
-        """Least seconds per number of layers whose bound is within the limit, and the choice."""
-        total = np.where(self.bound <= limit, self.total, np.inf)
-        return total.min(axis=1), total.argmin(axis=1)
-
-
-def uniform(
-    costs: ModelCosts, device: Device, is_head: bool, is_disk_allowed: bool, n_rounds: int, step: Step, grid: int
-) -> Uniform:
-    """The table of one device for several rounds of multiples of `grid` layers; the head has what is over."""
-    n = costs.n_layers
-    rate = rates(costs, device, step)
-    cpu, gpu, weights = float(rate.cpu.mean()), float(rate.gpu.mean()), sum(costs.layer_bytes) / n
-    choices = [(0, False)] + [(i, True) for i in range(n + 1) if has_gpu(device) and (i or is_head)]
-    total, bound = np.full((n + 1, len(choices)), np.inf), np.full((n + 1, len(choices)), np.inf)
-    for column, (n_gpu, is_output_there) in enumerate(choices):
-        counts = np.arange(max(n_rounds, n_gpu), n + 1, dtype=np.float64)
-        n_cpu = counts - n_gpu
-        output = costs.output_bytes if is_head else 0
-        seconds = n_cpu * cpu + n_gpu * gpu
-        if is_head:
-            seconds = seconds + (rate.output_gpu if is_output_there else rate.output_cpu)
-        held = n_gpu * (weights + costs.held_cache_bytes) + output + costs.scratch_bytes
-        if is_output_there and held > device.gpu_memory_bytes:
-            continue
-        ram = n_cpu * weights + (0 if is_output_there else output)
-        over = [reload_bytes(costs, device, ram, n_cpu * costs.held_cache_bytes, k) for k in (n_rounds, 1)]
-        late, read = (reload_seconds(device, n_bytes, is_disk_allowed) for n_bytes in over)
-        # Without the disk nothing may overflow one round's memory, read ahead or not.
-        start = int(counts[0]) if len(counts) else n + 1
-        total[start:, column] = np.where(np.isinf(read), np.inf, seconds + late)
-        bound[start:, column] = seconds + read
-    count = np.arange(n + 1)
-    total[(count % grid != (n % grid if is_head else 0)) | (count // grid < n_rounds)] = np.inf
-    return Uniform(total, bound, tuple(choices))

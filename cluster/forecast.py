@@ -6,7 +6,18 @@ from itertools import pairwise
 
 import numpy as np
 
-from .costs import Links, ModelCosts, Rates, Step, has_gpu, rates, reload_bytes, reload_seconds, row_choices
+from .costs import (
+    Links,
+    ModelCosts,
+    Rates,
+    RatesOf,
+    Step,
+    has_gpu,
+    known_rates,
+    reload_bytes,
+    reload_seconds,
+    row_choices,
+)
 from .device import Device
 
 
@@ -80,17 +91,19 @@ def forecast(
     is_disk_allowed: bool = False,
     n_batch: int = 512,
     n_samples: int | None = None,
+    rates: RatesOf | None = None,
 ) -> Forecast | None:
     """Predict windows in the order of hops, the last one the head's, `devices` the head first; None where they do not
     fit. Between two tokens of `n_samples` sequences each device has a step for every batch of them, which are as many
     as is best; None is one row each of as many as keep the ring full."""
+    rates = rates or known_rates(costs, devices)
     by_name = {device.name: device for device in devices}
     names = list(dict.fromkeys(window.device for window in windows[: len(windows) // n_rounds]))
     hops = list(pairwise([*names, names[0]]))
     shares, waits, parts = [], [], []
     for one, other in hops:
         held = _held(by_name[one], windows, one == windows[-1].device, is_output_on_gpu)
-        found = _share(costs, held, n_rounds, is_disk_allowed, n_batch)
+        found = _share(costs, held, rates, n_rounds, is_disk_allowed, n_batch)
         if found is None:
             return None
         row = costs.n_embd * costs.value_bytes
@@ -106,7 +119,7 @@ def forecast(
 
     def between(n_rows: int) -> float:
         n_bytes = costs.n_embd * costs.value_bytes * n_rows
-        busy = [held.seconds(rates(costs, held.device, Step(n_rows))) for held in parts]
+        busy = [held.seconds(rates(held.device.name, Step(n_rows))) for held in parts]
         uses = [n_rounds * links.transfer_seconds(one, other, n_bytes) for one, other in hops]
         slowest = max(*uses, *(b + share.reload_seconds for b, share in zip(busy, shares, strict=True)))
         if n_samples is None:
@@ -114,8 +127,10 @@ def forecast(
         total = sum(busy) + sum(waits) + n_rounds * sum(links.seconds(one, other, n_bytes) for one, other in hops)
         return max(-(-n_samples // n_rows) * slowest, total) / n_samples
 
-    n_rows = min(row_choices(n_samples or 1), key=between)
-    return Forecast(token, between(n_rows), n_rows, tuple(shares))
+    choices = row_choices(n_samples or 1)
+    seconds = [between(n_rows) for n_rows in choices]
+    best = seconds.index(min(seconds))
+    return Forecast(token, seconds[best], choices[best], tuple(shares))
 
 
 def _held(device: Device, windows: Sequence[Window], is_head: bool, is_output_on_gpu: bool) -> _Held:
@@ -128,7 +143,7 @@ def _held(device: Device, windows: Sequence[Window], is_head: bool, is_output_on
 
 
 def _share(
-    costs: ModelCosts, held: _Held, n_rounds: int, is_disk_allowed: bool, n_batch: int
+    costs: ModelCosts, held: _Held, rates: RatesOf, n_rounds: int, is_disk_allowed: bool, n_batch: int
 ) -> tuple[Share, float] | None:
     """The share without its links, and the seconds of reading that cannot be ahead; None where it does not fit."""
     device, output = held.device, costs.output_bytes if held.has_output else 0
@@ -150,12 +165,12 @@ def _share(
         n_layers=len(held.cpu) + len(held.gpu),
         weight_bytes=sum(weights),
         cache_bytes=(len(held.cpu) + len(held.gpu)) * cache,
-        busy_seconds=held.seconds(rates(costs, device, Step())),
+        busy_seconds=held.seconds(rates(device.name, Step())),
         link_seconds=0.0,
         reload_seconds=read,
         n_gpu_layers=len(held.gpu),
         is_output_on_gpu=held.is_output_on_gpu,
-        prefill_seconds=held.seconds(rates(costs, device, Step(n_prompt=n_batch))) + read,
+        prefill_seconds=held.seconds(rates(device.name, Step(n_prompt=n_batch))) + read,
         prefill_link_seconds=0.0,
         prefill_transfer_seconds=0.0,
     )

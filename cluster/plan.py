@@ -19,15 +19,28 @@ The objectives, lower is better:
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 
-from .costs import Array, Links, ModelCosts, Step, exact, has_gpu, least_seconds, prompt_seconds, row_choices, uniform
+from .costs import (
+    Array,
+    Links,
+    ModelCosts,
+    RatesOf,
+    Step,
+    has_gpu,
+    known_rates,
+    least_seconds,
+    prompt_seconds,
+    row_choices,
+)
 from .device import Device
 from .errors import PlanImpossible
 from .forecast import Share, Window, forecast
-from .route import N_ANY_ORDER, Route, least, nearest_order, orders, search, shifted
+from .route import N_ANY_ORDER, Route, least, nearest_order, orders
+from .tables import Exact, Room, Uniform, exact, room, uniform
 
 Objective = Literal["latency", "throughput", "prefill"]
 ROUNDS = (1, 2, 4, 8)
@@ -83,6 +96,9 @@ class _Task:
     costs: ModelCosts
     devices: tuple[Device, ...]
     links: Links
+    rates: RatesOf
+    rooms: Callable[[int], Room]
+    """Of a device by its number, in one round."""
     objective: Objective
     n_in_flight: int | None
     is_disk_allowed: bool
@@ -113,8 +129,8 @@ class _Task:
         n = self.n_in_flight if self.objective == "throughput" else None
         for n_rows in row_choices(n or 1):
             part = replace(self, n_rounds=n_rounds, n_rows=n_rows)
-            least = least_seconds(self.costs, self.devices, self.is_disk_allowed, part.step)
-            yield replace(part, least=least)
+            known = [self.rates(device.name, part.step) for device in self.devices]
+            yield replace(part, least=least_seconds(self.costs, self.devices, known, self.is_disk_allowed))
 
     def floor(self) -> float:
         """A value that no ring of the task's rows is below."""
@@ -122,13 +138,8 @@ class _Task:
 
     def hops(self) -> tuple[Array, Array]:
         """Seconds, and seconds of a link's use, between all devices in all rounds."""
-        costs, n = self.costs, len(self.devices)
-        n_bytes = costs.n_embd * costs.value_bytes * self.step.n_tokens
-        seconds, uses = np.zeros((n, n)), np.zeros((n, n))
-        for i, one in enumerate(self.devices):
-            for j, other in enumerate(self.devices):
-                seconds[i, j] = self.links.seconds(one.name, other.name, n_bytes)
-                uses[i, j] = self.links.transfer_seconds(one.name, other.name, n_bytes)
+        names = [device.name for device in self.devices]
+        seconds, uses = self.links.hops(names, self.costs.n_embd * self.costs.value_bytes * self.step.n_tokens)
         return self.n_rounds * seconds, self.n_rounds * uses
 
 
@@ -150,7 +161,9 @@ def plan(
     assert devices, "there is a head"
     assert len({device.name for device in devices}) == len(devices), "names tell devices apart"
     links = links or Links()
-    task = _ordered(_Task(costs, tuple(devices), links, objective, n_in_flight, is_disk_allowed, n_batch))
+    devices = _ordered(devices, links, costs.n_embd * costs.value_bytes * (n_batch if objective == "prefill" else 1))
+    rates, rooms = known_rates(costs, devices), cache(lambda i: room(costs, devices[i], i == 0, is_disk_allowed))
+    task = _Task(costs, devices, links, rates, rooms, objective, n_in_flight, is_disk_allowed, n_batch)
     is_prompt = objective == "prefill"
     best: Plan | None = None
     for n_rounds in [rounds] if isinstance(rounds, int) else rounds:
@@ -180,54 +193,49 @@ def _value(task: _Task, found: Plan) -> float:
     return found.prefill_seconds(N_PROMPT)
 
 
-def _ordered(task: _Task) -> _Task:
-    """Many workers behind links that differ are brought into a short order."""
-    if len(task.devices) - 1 <= N_ANY_ORDER or _is_one_link(task):
-        return task
-    order = nearest_order(task.hops()[0])
-    return replace(task, devices=(task.devices[0], *(task.devices[m] for m in order)))
+def _ordered(devices: Sequence[Device], links: Links, n_bytes: int) -> tuple[Device, ...]:
+    """Many workers behind links that differ are brought into a short order for messages of `n_bytes`."""
+    if len(devices) - 1 <= N_ANY_ORDER or _is_one_link(devices, links):
+        return tuple(devices)
+    order = nearest_order(links.hops([device.name for device in devices], n_bytes)[0])
+    return (devices[0], *(devices[m] for m in order))
 
 
-def _is_one_link(task: _Task) -> bool:
-    names = [device.name for device in task.devices]
-    return len({task.links.of(a, b) for a in names for b in names if a != b}) <= 1
+def _is_one_link(devices: Sequence[Device], links: Links) -> bool:
+    names = [device.name for device in devices]
+    return len({links.of(a, b) for a in names for b in names if a != b}) <= 1
 
 
-def _find(
-    task: _Task, tables: Callable[[float], list[Array]], bounds: list[Array], is_alike: bool
-) -> tuple[float, Route] | None:
-    """The best route and the limit that it keeps to; `tables` gives costs over (first, end) of all whose bound is
-    within a limit."""
+def _find(task: _Task, tables: Sequence[Exact] | Sequence[Uniform], is_alike: bool) -> tuple[float, Route] | None:
+    """The best route and the limit that it keeps to."""
     seconds, uses = task.hops()
     n_workers = len(task.devices) - 1
-    is_any_order = n_workers <= N_ANY_ORDER and not (is_alike and _is_one_link(task))
+    is_any_order = n_workers <= N_ANY_ORDER and not (is_alike and _is_one_link(task.devices, task.links))
     ways = orders(n_workers, is_any_order)
 
-    def find(limit: float) -> Route | None:
-        return search(tables(limit), np.where(uses <= limit, seconds, np.inf), ways)
+    def find(limit: float) -> Route:
+        parts = [table.within(limit) for table in tables]
+        return Route(task.costs.n_layers, parts, np.where(uses <= limit, seconds, np.inf), ways)
 
     if task.objective == "latency" and task.n_rounds == 1:  # the sum is never below its parts
         route = find(np.inf)
-        return (np.inf, route) if route else None
-    limits = np.concatenate([uses.ravel(), *(bound.ravel() for bound in bounds)])
+        return (np.inf, route) if np.isfinite(route.total) else None
+    limits = np.concatenate([uses.ravel(), *(table.bound.ravel() for table in tables)])
     limits = limits[np.isfinite(limits) & (limits >= task.least[1])]
     limits = np.unique(limits[task.value(0.0, limits) < task.most])
-    return least(find, limits, task.value)
+    # Of several rounds the true layers may take less than those of the mean size.
+    return least(find, limits, task.value, task.most if task.n_rounds == 1 else np.inf)
 
 
 def _one_round(task: _Task) -> Plan | None:
-    costs, n = task.costs, task.costs.n_layers
-    tables = [exact(costs, d, i == 0, task.is_disk_allowed, task.step) for i, d in enumerate(task.devices)]
-    no_layer = np.where(np.eye(n + 1, dtype=bool), np.inf, 0.0)
-    for first, end in costs.barred:
-        no_layer[first, end] = np.inf
-    bests = [table.best + no_layer for table in tables]
+    costs = task.costs
+    tables = [exact(costs, task.rates(d.name, task.step), task.rooms(i), i == 0) for i, d in enumerate(task.devices)]
     is_alike = len(set(zip(costs.layer_bytes, costs.layer_type, strict=True))) == 1 and not costs.barred
-    found = _find(task, lambda limit: [np.where(best <= limit, best, np.inf) for best in bests], bests, is_alike)
+    found = _find(task, tables, is_alike)
     if found is None:
         return None
     windows, is_output_there = [], False
-    for stop in found[1].stops:
+    for stop in found[1].stops():
         n_gpu, is_output_there = tables[stop.device].split(stop.first, stop.end)
         windows.append(Window(task.devices[stop.device].name, stop.first, stop.end, n_gpu))
     return _predict(task, windows, is_output_there)
@@ -254,24 +262,19 @@ def _grid(costs: ModelCosts) -> int:
 def _evenly(task: _Task, grid: int) -> Plan | None:
     """The best plan of as many layers of a device in each round as can be, in multiples of `grid`."""
     tables = [
-        uniform(task.costs, d, i == 0, task.is_disk_allowed, task.n_rounds, task.step, grid)
+        uniform(task.costs, d, task.rates(d.name, task.step), i == 0, task.is_disk_allowed, task.n_rounds, grid)
         for i, d in enumerate(task.devices)
     ]
-    found = _find(
-        task,
-        lambda limit: [shifted(table.best(limit)[0]) for table in tables],
-        [table.bound for table in tables],
-        is_alike=True,
-    )
+    found = _find(task, tables, is_alike=True)
     if found is None:
         return None
-    limit, route = found
-    if len(route.stops) == 1:  # between two windows of the head alone there is nothing
+    limit, stops = found[0], found[1].stops()
+    if len(stops) == 1:  # between two windows of the head alone there is nothing
         return _one_round(replace(task, devices=task.devices[:1], n_rounds=1))
     parts = []
-    for stop in route.stops:
-        count, table = stop.end - stop.first, tables[stop.device]
-        parts.append((stop.device, count, *table.choices[int(table.best(limit)[1][count])]))
+    for stop in stops:
+        count = stop.end - stop.first
+        parts.append((stop.device, count, *tables[stop.device].choice(limit, count)))
     windows = _spread(task, parts, grid)
     if any((window.first, window.end) in task.costs.barred for window in windows):
         return None
@@ -307,6 +310,7 @@ def _predict(task: _Task, windows: list[Window], is_output_there: bool) -> Plan 
         task.is_disk_allowed,
         task.n_batch,
         task.n_in_flight,
+        task.rates,
     )
     if found is None:
         return None

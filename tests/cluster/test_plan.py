@@ -7,17 +7,19 @@ import statistics
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localreason.cluster.costs import Links, prompt_seconds
+from localreason.cluster.costs import Links, Step, prompt_seconds, rates
 from localreason.cluster.errors import PlanImpossible
 from localreason.cluster.forecast import forecast
 from localreason.cluster.placing import Wish
 from localreason.cluster.plan import plan
+from localreason.cluster.tables import exact, room
 from localreason.cluster.variation import replicate, variations
-from tests.cluster.plans import best, costs, device, everything, pass_round, random_case, worked_example
+from tests.cluster.plans import best, costs, device, everything, pass_round, random_case, step, worked_example
 
 
 @pytest.mark.parametrize("n_rounds", [1, 2])
@@ -137,6 +139,19 @@ def test_a_prompt_takes_as_long_as_batches_that_follow_each_other_round_a_ring(n
     assert n_rounds > 1 or min(ratios) == pytest.approx(1), "one round is exact"
 
 
+@pytest.mark.parametrize("seed", [575, *range(20)])
+def test_rounds_are_compared_by_what_their_plans_take(seed):
+    model, devices, links, is_disk = random_case(seed)
+    found = []
+    for rounds in ([1], [2], [1, 2]):
+        try:
+            found.append(plan(model, devices, links, "prefill", None, is_disk, rounds, 64).prefill_seconds(512))
+        except PlanImpossible:
+            found.append(math.inf)
+    one, two, either = found
+    assert either == (two if two < 0.97 * one else one)
+
+
 def test_a_prompt_is_given_rounds_where_they_save_the_wait_for_its_first_and_last_batch():
     devices = [device(memory=200), device("other", memory=200)]
     near, far = Links(default=(0.0, 1e9)), Links(default=(100.0, 1e9))
@@ -198,21 +213,49 @@ def test_the_worked_example_of_the_reference_has_its_published_optimum(is_disk):
     assert shares == {"A": (7, 0), "B": (16, 12), "C": (5, 0)}
 
 
-@pytest.mark.parametrize(("objective", "n"), [("latency", None), ("throughput", None), ("throughput", 4)])
+WISHES = [("latency", None), ("throughput", None), ("throughput", 4), ("throughput", 64), ("prefill", None)]
+
+
+@pytest.mark.parametrize(("objective", "n"), WISHES)
 @pytest.mark.parametrize("n_gpus", [0, 16])
-def test_sixteen_devices_and_128_layers_are_planned_at_once(objective, n, n_gpus):
+@pytest.mark.parametrize("is_disk", [False, True])
+def test_sixteen_devices_and_128_layers_are_planned_at_once(objective, n, n_gpus, is_disk):
     draw = random.Random(1)
     devices = [
-        device(f"d{i}", 2000, draw.uniform(50, 200), *((500, 900.0) if i < n_gpus else (0, 0.0))) for i in range(16)
+        device(f"d{i}", 700 if is_disk else 2000, draw.uniform(50, 200), *((500, 900.0) if i < n_gpus else (0, 0.0)))
+        for i in range(16)
     ]
     pairs = {(f"d{i}", f"d{j}"): (draw.uniform(0, 0.01), 1e6) for i in range(16) for j in range(i)}
     model = costs(tuple(draw.randint(90, 110) for _ in range(128)), n_context=4)
     started = time.perf_counter()
-    found = plan(model, devices, Links(pairs), objective, n, rounds=1)
+    found = plan(model, devices, Links(pairs), objective, n, is_disk, n_batch=64)
     taken = time.perf_counter() - started
-    print(f"16 devices, 128 layers, {objective}, {n_gpus} GPUs: {taken:.3f} s")
+    print(f"16 devices, 128 layers, {objective} of {n}, {n_gpus} GPUs, disk {is_disk}: {taken:.3f} s")
     assert len(found.per_device) > 1
     assert taken < 0.5
+
+
+@pytest.mark.parametrize("is_head", [False, True])
+@pytest.mark.parametrize("is_disk", [False, True])
+def test_layers_are_split_between_cpu_and_gpu_as_well_as_can_be(is_head, is_disk):
+    n_spilling = 0
+    for seed in range(20):
+        draw = random.Random(seed)
+        layers, types = zip(*[(draw.randint(5, 20), draw.choice(["Q4_K", "Q6_K"])) for _ in range(12)], strict=True)
+        model = costs(layers, types, draw.randint(0, 2), 2, draw.randint(0, 12), scratch_bytes=2)
+        one = device("d", draw.randint(1, 90), draw.uniform(3, 30), draw.randint(5, 150), draw.uniform(2, 200))
+        table = exact(model, rates(model, one, Step()), room(model, one, is_head, is_disk), is_head)
+        for first, end in itertools.combinations(range(13), 2):
+            run, seconds = list(range(first, end)), {}
+            for n_gpu, is_there in [(0, False)] + [(i, is_head) for i in range(end - first + 1)]:
+                if found := step(model, one, run, n_gpu, is_there, is_head, is_disk, 1, 1):
+                    seconds[n_gpu, is_there] = found[0] + found[1]
+                    n_spilling += n_gpu > 0 and found[1] > 0
+            assert table.bound[end - first, end] == pytest.approx(min(seconds.values(), default=np.inf), rel=1e-9)
+            if seconds:
+                n_gpu, is_there = table.split(first, end)
+                assert seconds[n_gpu, is_there and is_head] == pytest.approx(min(seconds.values()), rel=1e-9)
+    assert (n_spilling > 0) == is_disk
 
 
 def test_what_fits_nowhere_is_refused_with_bytes_and_remedy():
