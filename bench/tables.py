@@ -78,6 +78,14 @@ def copies_rows(record):
         yield f"| {r['model']} | {'some' if r['gpus'] else 'none'} | {r['link_ms']} | {r['samples']} | {share} |"
 
 
+def plan_rows(record):
+    yield "| machines with a GPU | memory | plan for | median s | most s |"
+    yield "| --- | --- | --- | --- | --- |"
+    for r in record["rows"]:
+        memory = "too little, with disk" if r["disk"] else "enough"
+        yield f"| {r['gpus']} | {memory} | {r['for']} | {r['median']:.3f} | {r['most']:.3f} |"
+
+
 def gpu_rows(record):
     bases = ("whole, on the CPU", "whole, on the GPU")
     yield "| layers | tokens/s to the CPU's | " + " | ".join(f"to {b}: mean KL, same top, far" for b in bases) + " |"
@@ -198,6 +206,9 @@ def main():
         if name == "copies":
             lines += ["## Whole copies on several machines: how many times as fast as the ring, as planned", ""]
             lines += [f"`{record['command']}`", "", *copies_rows(record), ""]
+        if name == "plans":
+            lines += ["## Seconds to plan 128 layers for 16 machines", ""]
+            lines += [f"`{record['command']}`", "", *plan_rows(record), ""]
         if name.startswith("gpu-"):
             lines += [f"## On a GPU: {record['model']}, {record['gpu']}", ""]
             lines += [f"`{record['command']}`", "", *gpu_rows(record), ""]
