@@ -1,6 +1,7 @@
 """The whole runtime on the real demo model: reproducible, composable, and closed under every preset."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.model
 
 QUESTION = "What is 3 + 4?"
 GREEDY = Sampling(temperature=0)
+SHORT = {"format": "think"}
+"""A prompt without the examples that ask this model for tags, where it is not the prompt that matters."""
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +43,10 @@ def replies(model, recipe, questions=None, n_parallel=1):
 
 
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(model):
-    recipe = Recipe(combine("safe", ["budget:max=16"]), Sampling(temperature=1.0), seed=1, max_tokens=32)
+    recipe = Recipe(combine("safe", ["budget:max=16"]), Sampling(temperature=1.0), seed=1, max_tokens=32, **SHORT)
     first = replies(model, recipe)
     assert replies(model, recipe) == first
-    other = Recipe(recipe.controls, recipe.sampling, seed=2, max_tokens=32)
+    other = replace(recipe, seed=2)
     assert replies(model, other) != first
 
 
@@ -87,7 +90,8 @@ def test_greedy_replies_do_not_depend_on_the_questions_beside_them(model):
 
 
 def test_samples_of_one_question_differ(model):
-    recipe = Recipe(combine("parallel", ["budget:max=24", "search:guard=no"]), Sampling(temperature=1.0), max_tokens=40)
+    controls = combine("parallel", ["budget:max=24", "search:guard=no"])
+    recipe = Recipe(controls, Sampling(temperature=1.0), max_tokens=40, **SHORT)
     texts: dict[int, str] = {}
     for event in model.ask(QUESTION, recipe):
         if isinstance(event, Token):
@@ -96,7 +100,7 @@ def test_samples_of_one_question_differ(model):
 
 
 def test_questions_of_one_name_in_flight_are_all_answered(model):
-    recipe = Recipe(combine("safe", ["budget:max=8"]), GREEDY, max_tokens=20)
+    recipe = Recipe(combine("safe", ["budget:max=8"]), GREEDY, max_tokens=20, **SHORT)
     questions = [Question("a", QUESTION), Question("a", "What is 5 + 6?"), Question("a", QUESTION)]
     results = answered(model.solve(questions, recipe, 2))
     assert [result.id for result in results] == ["a"] * 3
@@ -105,9 +109,8 @@ def test_questions_of_one_name_in_flight_are_all_answered(model):
 
 def test_a_prompt_that_is_too_long_fails_alone(model):
     questions = [Question("long", "word " * 5000), Question("short", QUESTION)]
-    results = {
-        r.id: r for r in answered(model.solve(questions, Recipe(combine("safe", ["budget:max=8"]), max_tokens=16)))
-    }
+    recipe = Recipe(combine("safe", ["budget:max=8"]), max_tokens=16, **SHORT)
+    results = {result.id: result for result in answered(model.solve(questions, recipe))}
     assert isinstance(results["long"].error, PromptTooLong)
     assert results["short"].error is None
     with pytest.raises(PromptTooLong, match="4096"):
@@ -128,9 +131,9 @@ def test_special_text_in_a_question_is_text_to_the_real_vocabulary(model):
 
 
 def test_closing_in_the_middle_frees_the_cache(model):
-    events = model.ask(QUESTION, Recipe(combine("safe", []), seed=1))
+    events = model.ask(QUESTION, Recipe(combine("safe", []), seed=1, **SHORT))
     for event in events:
         if isinstance(event, Token):
             break
     events.close()
-    assert replies(model, Recipe(combine("safe", ["budget:max=8"]), GREEDY, max_tokens=16))
+    assert replies(model, Recipe(combine("safe", ["budget:max=8"]), GREEDY, max_tokens=16, **SHORT))
