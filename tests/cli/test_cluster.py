@@ -61,7 +61,6 @@ def test_pair_list_solve_and_unpair(run, tmp_path):
         planned, notes = run(*question, "--cluster", "--peer", here)
         assert planned == alone
         assert "this machine alone is expected to be the fastest" in notes
-        assert "1 files" in run("cluster", "cache")[0]
         [file] = json.loads(run("cluster", "cache", "--json")[0])["files"]
         (node.cache / "model.gguf").write_bytes(b"GGUF")  # not a window, and left alone
         assert "1 files" in run("cluster", "cache", "--cache", node.cache)[0]
@@ -69,7 +68,6 @@ def test_pair_list_solve_and_unpair(run, tmp_path):
         assert [path.name for path in node.cache.glob("*.gguf")] == ["model.gguf"]
         cleared = json.loads(run("cluster", "cache", "--clear", "--json")[0])
         assert (cleared["freed_bytes"], cleared["files"]) == (file["bytes"], [])
-        assert "0 bytes were freed" in run("cluster", "cache", "--clear")[0]
         run("cluster", "unpair", "attic")
         assert "is not paired" in run(*question, "--cluster", "--peer", here)[1]
 
@@ -109,7 +107,8 @@ def test_a_wrong_code_pairs_nobody(run, tmp_path):
     with NodeProcess(tmp_path, "attic") as node:
         _, said = run("cluster", "pair", f"127.0.0.1:{node.port}", "--code", "000 000", code=1)
         assert "the code is wrong" in said
-        assert "not paired" in run("cluster", "list", "--peer", f"127.0.0.1:{node.port}")[0]
+        assert not Peers(tmp_path / "laptop").list()
+        assert not Peers(node.folder).list()
 
 
 def test_no_code_on_standard_input_is_one_sentence(run, tmp_path):
