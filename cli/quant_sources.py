@@ -92,7 +92,7 @@ def _published(repository: str, hub: Ranged, folder: Path) -> list[Source]:
     sizes, names = Counter[str](), dict[str, list[str]]()
     for item in hub.files(repository):
         stem = _PART.sub("", item.name)
-        if item.name.endswith(".gguf") and "mmproj" not in item.name.lower() and find_scheme(stem):
+        if item.name.endswith(".gguf") and not store.is_projector(item.name) and find_scheme(stem):
             sizes[stem] += item.n_bytes
             names.setdefault(stem, []).append(item.name)
     whole = [stem for stem in sizes if len(names[stem]) == 1]

@@ -87,7 +87,12 @@ def list_stored(store: Path) -> list[Stored]:
 def _is_model(name: str) -> bool:
     """False for a file's name that says a further part of a model, or a projector beside one."""
     part = _PART.search(name)
-    return not (part and int(part[1]) != 1) and "mmproj" not in name.lower()
+    return not (part and int(part[1]) != 1) and not is_projector(name)
+
+
+def is_projector(name: str) -> bool:
+    """True for the file of an encoder of images or sound, which lies beside a model."""
+    return "mmproj" in name.lower()
 
 
 def parts(path: Path) -> list[Path]:
@@ -217,7 +222,7 @@ def _is_inside(name: str) -> bool:
 def choose_file(files: list[RemoteFile], repository: str, scheme: str | None, name: str | None) -> list[RemoteFile]:
     """The one model that is meant, all parts in order."""
     models = sorted((file for file in files if file.name.endswith(".gguf")), key=lambda file: file.name)
-    models = [file for file in models if "mmproj" not in file.name.lower() and _is_inside(file.name)]
+    models = [file for file in models if not is_projector(file.name) and _is_inside(file.name)]
     chosen = [file for file in models if (file.name == name if name else _has_scheme(file.name, scheme))]
     stems = {_PART.sub("", file.name) for file in chosen}
     if len(stems) != 1:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ..quant.gguf import ModelFile
 from ..runtime.engine import Batch, Logits, piece_size
 from ..runtime.errors import ContextFull, DecodeFailed
+from ..runtime.room import padded
 from .background import Background
 from .codec import ROW_TYPES, pack_rows, pack_spans, unpack_rows
 from .costs import N_UNDER_WAY
@@ -89,7 +90,7 @@ class RingEngine:
         self._dialer, self._store, self._place, self._tell = dialer, store, place, tell
         self._options, self._links = options, links
         self.n_vocab = file.n_vocab
-        self.n_context = -(-options.n_context // 256) * 256
+        self.n_context = padded(options.n_context)
         self.n_context_sequence = min(self.n_context, file.n_context_train)
         self.n_sequences = options.n_sequences
         self.n_batch = options.n_batch

@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 from . import native
 from .engine import Batch, Logits, Span
 from .errors import ContextFull, DecodeFailed, EngineError, InputError, ModelUnsupported, OutOfMemory
-
-_N_PADDED = 256
-"""llama.cpp rounds caches up to this many cells."""
+from .room import padded
 
 
 class Cache:
@@ -36,7 +34,7 @@ class Cache:
         if cache_type not in native.CACHE_TYPES:
             raise InputError(f"cache type {cache_type!r} is not known; choose one of {', '.join(native.CACHE_TYPES)}")
         # Rounded up here: a smaller value would also lower n_batch, and too large a batch ends the process.
-        n_context = -(-n_context // _N_PADDED) * _N_PADDED
+        n_context = padded(n_context)
         parameters = _parameters(n_context, n_sequences, n_batch, n_threads, cache_type)
         self._tap = tap
         if tap is not None or watch is not None:

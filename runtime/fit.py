@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from .errors import OutOfMemory
 from .header import Header
-from .memory import N_PADDED, Usage, is_cache_possible, split_usage, token_bytes
+from .memory import Usage, is_cache_possible, split_usage, token_bytes
 from .native import CACHE_TYPES
+from .room import N_PADDED, padded
 
 RESERVE_BYTES = 512 << 20
 """Left to the rest of the machine, and on each GPU to its driver, where the size of the cache is our choice."""
@@ -40,7 +41,7 @@ class Wish:
     def n_most(self) -> int:
         """Cells that could be used, rounded up as llama.cpp does."""
         n = self.n_context or min(self.n_train * self.n_sequences, self.n_needed or 1 << 24)
-        return -(-n // N_PADDED) * N_PADDED
+        return padded(n)
 
 
 @dataclass(frozen=True, slots=True)

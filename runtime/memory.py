@@ -12,11 +12,9 @@ from typing import Any
 
 from .errors import ModelUnsupported
 from .header import Header, TensorEntry
-from .room import cell_bytes
+from .room import cell_bytes, padded
 from .schemes import KINDS, SCHEMES, Scheme
 
-N_PADDED = 256
-"""llama.cpp rounds caches up to this many cells."""
 _REPACKED: Mapping[str, tuple[str, ...]] = {
     "AVX2": ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"),
     "AVX512": ("Q2_K",),
@@ -131,7 +129,7 @@ def token_bytes(header: Header, cache_type: str) -> float:
 def cache_bytes(header: Header, n_context: int, cache_type: str, n_sequences: int = 1) -> int:
     """Bytes of keys and values of `n_context` cells, rounded up as llama.cpp does, and of the states of recurrent
     layers, one for each sequence."""
-    n_cells = -(-n_context // N_PADDED) * N_PADDED
+    n_cells = padded(n_context)
     states = _recurrent_layers(header.values) * n_sequences * _state_bytes(header.values)
     return round(token_bytes(header, cache_type) * n_cells) + states
 

@@ -9,6 +9,8 @@ import psutil
 
 from .errors import OutOfMemory
 
+N_PADDED = 256
+"""llama.cpp rounds caches up to a multiple of so many cells."""
 _BYTES_PER_VALUE = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 _CGROUPS = (
     ("memory.max", "memory.current", "memory.stat"),
@@ -39,6 +41,11 @@ def available_bytes() -> int:
             continue
         free = min(free, max(0, allowed - used + int(cached)))
     return free
+
+
+def padded(n_cells: int) -> int:
+    """The cells of a cache for which so many were asked."""
+    return -(-n_cells // N_PADDED) * N_PADDED
 
 
 def cell_bytes(header: Mapping[str, Any], cache_type: str) -> float:
