@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from localreason.cli.main import main
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -65,19 +67,23 @@ def rows(path: str) -> list[dict[str, object]]:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
-    """Runs a command line in a process of its own, as the head of a home in a temporary folder."""
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, str]]:
+    """Runs a command line as the head of a home in a temporary folder; all nodes are named, so few are looked for."""
     monkeypatch.setenv("LOCALREASON_CONFIG", str(tmp_path / "config.toml"))
     (tmp_path / "config.toml").write_text("")
     monkeypatch.setenv("LOCALREASON_CLUSTER_FOLDER", str(tmp_path / "laptop"))
     monkeypatch.setenv("LOCALREASON_CLUSTER_CACHE", str(tmp_path / "laptop-cache"))
     monkeypatch.setenv("LOCALREASON_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr("localreason.cli.ring.LOOK_SECONDS", 0.1)
 
     def run(*words: object, code: int = 0) -> tuple[str, str]:
-        start = [sys.executable, "-c", "from localreason.cli.main import run; run()"]
-        done = subprocess.run([*start, *map(str, words)], capture_output=True, text=True, timeout=60)
-        assert done.returncode == code, (done.stdout, done.stderr)
-        assert "Traceback" not in done.stderr
-        return done.stdout, done.stderr
+        capsys.readouterr()
+        found = main([str(word) for word in words])
+        said = capsys.readouterr()
+        assert found == code, said
+        assert "Traceback" not in said.err
+        return said.out, said.err
 
     return run
