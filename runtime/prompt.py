@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby, pairwise
 from typing import Protocol
 
@@ -159,12 +159,13 @@ def encode(parts: list[Part], tokenizer: _Vocabulary, format: ThinkingFormat) ->
         ids = tokenizer.encode("".join(part.text for part in parts), special=True, is_first=True)
     else:
         ids = []
+        pieces = cache(tokenizer.encode)  # llama.cpp takes 0.05 ms for each, and a message of tags has 100,000
         for part in parts:
             if part.is_trusted:
                 ids += tokenizer.encode(part.text, special=True, is_first=not ids)
                 continue
             cuts = [0, *(match.start() + 1 for match in found.finditer(part.text)), len(part.text)]
             for start, end in pairwise(cuts):
-                ids += tokenizer.encode(part.text[start:end], is_first=not ids)
+                ids += pieces(part.text[start:end], is_first=not ids)
     prefix = tokenizer.prefix
     return ids if not prefix or ids[: len(prefix)] == prefix else [*prefix, *ids]
