@@ -140,12 +140,16 @@ def _bounded(function: Any) -> Any:
 
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
-        for value in arguments:
-            if not isinstance(value, (Namespace, runtime.Context)):
-                _bound(value)
+        _bound_all(arguments)
         return function(*arguments, **named)
 
     return call
+
+
+def _bound_all(arguments: Iterable[Any]) -> None:
+    for value in arguments:
+        if not isinstance(value, (Namespace, runtime.Context)):
+            _bound(value)
 
 
 def _refused_filter(name: str) -> Any:
@@ -160,7 +164,7 @@ def _raise(message: str) -> NoReturn:
 
 
 class _Generator(CodeGenerator):
-    """Bounds what is compared: that is one native call, however deep the lists are."""
+    """Bounds what is compared or hashed: that is one native call, however deep the lists are."""
 
     def visit_Compare(self, node: nodes.Compare, frame: Any) -> None:
         self.write("(")
@@ -172,6 +176,15 @@ class _Generator(CodeGenerator):
     def visit_Operand(self, node: nodes.Operand, frame: Any) -> None:
         self.write(f" {operators[node.op]} ")
         self._write_bounded(node.expr, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
+        self.write("{")
+        for item in node.items:
+            self._write_bounded(item.key, frame)
+            self.write(": ")
+            self.visit(item.value, frame)
+            self.write(", ")
+        self.write("}")
 
     def _write_bounded(self, node: nodes.Node, frame: Any) -> None:
         self.write("environment.bound(")
@@ -226,6 +239,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         n_bits = sum(item.bit_length() for item in (left, right) if isinstance(item, int))
         if operator != "+" and n_bits > _MOST_BITS:
             _refuse(f"computes with more than {_MOST_BITS} bits")
+        if operator == "*" and len(sizes) == 2:
+            _refuse("multiplies two texts or lists")
         if operator == "*" and sizes and sizes[0] * (right if hasattr(left, "__len__") else left) > _MOST_CHARACTERS:
             _refuse("repeats a text too often")
         return super().call_binop(context, operator, left, right)
@@ -239,6 +254,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             return attr in _METHODS
         return not isinstance(obj, (int, float)) and super().is_safe_attribute(obj, attr, value)
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, _bound(argument))
+
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         given = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}  # Jinja's own
@@ -246,6 +264,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             return _replace(owner, *args, **given)
         if isinstance(owner, str) and name == "join":
             return _join(context.eval_ctx, *args, separator=owner, **given)
+        owners = [owner] if isinstance(owner, (list, tuple, Mapping)) else []
+        _bound_all([*owners, *args, *given.values()])
         return super().call(context, obj, *args, **kwargs)
 
 

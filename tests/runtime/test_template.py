@@ -74,6 +74,7 @@ def test_json_is_written_without_escapes_for_html_and_takes_the_usual_arguments(
         ("{% block b %}{{ '-'.join(['a', 'b']) }}{{ messages[0].content }}{% endblock %}", "a-bhi"),
         ("{% for m in messages %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endfor %}", "<hi>"),
         ("{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join }}", "hi"),
+        ("{{ {'a': {1: 'hi'}}['a'][1] }}{{ {'a': 2}.get('b', 'x') }}{{ messages[0]['content'][0:] }}", "hixhi"),
         ("{{ [1, 2] | sum }}{{ [{'n': 3}] | sum('n') }}{{ messages[0].content }}", "33hi"),
         (
             "{% if messages[0].role == 'user' and 'u' in ['u'] and 1 < 2 <= 2 %}{{ messages[0].content }}{% endif %}",
@@ -108,6 +109,12 @@ GROWING = "{% set ns = namespace(a='aaaaaaaa', n=9, l=['a']) %}{% for i in range
         GROWING.replace("WHAT", "ns.l, ns.a = [ns.l, ns.l], [ns.a, ns.a]") + "{{ ns.l == ns.a }}",
         GROWING.replace("WHAT", "ns.l, ns.a = [ns.l, ns.l], [ns.a, ns.a]") + "{{ ns.l is eq ns.a }}",
         GROWING.replace("WHAT", "ns.l, ns.a = [ns.l, ns.l], [ns.a, ns.a]") + "{{ [ns.l, ns.a] | sort | length }}",
+        GROWING.replace("WHAT", "ns.l, ns.a = [ns.l, ns.l], [ns.a, ns.a]") + "{{ [ns.l].count(ns.a) }}",
+        GROWING.replace("WHAT", "ns.l, ns.a = (ns.l, ns.l), (ns.a, ns.a)") + "{{ {ns.l: 1} | length }}",
+        GROWING.replace("WHAT", "ns.l, ns.a = (ns.l, ns.l), (ns.a, ns.a)") + "{{ {1: 2}[ns.l] }}",
+        GROWING.replace("WHAT", "ns.l, ns.a = [ns.l, ns.l], [ns.a, ns.a]")
+        + "{% for i in [ns.l, ns.a] %}{{ loop.changed(i) }}{% endfor %}",
+        "{% set a = range(20000) | list %}{{ a * a }}",
         "{{ ([[0] * 900000] * 1000) | sum(start=[]) | length }}",
         "{% set n = ('f' * 900000) | int(base=16) %}{{ n // (n // 3) }}",
         "{{ 'a' | center(2000000000) }}",
