@@ -1,5 +1,6 @@
 """The entry point: the table of command groups, the exit codes, and the one place where errors become sentences."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -135,8 +136,8 @@ def main(args: Sequence[str] | None = None, wiring: "Wiring | None" = None) -> i
     except (KeyboardInterrupt, typer.Abort):
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone: nobody is left to tell, and the flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has gone: nobody is left to tell.
+        _forget_output()
         return ExitCode.FAILED
     except LocalReasonError as error:
         _tell(f"localreason: {error}")
@@ -144,8 +145,8 @@ def main(args: Sequence[str] | None = None, wiring: "Wiring | None" = None) -> i
     except OSError as error:
         if error.filename is None and error.errno not in _UNWRITABLE:
             return _tell_bug(error)
-        if error.filename is None:  # nothing of ours is written without a name but standard output
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit complain
+        if error.filename is None:  # what is ours is written with a name
+            _forget_output()
         place = "standard output" if error.filename is None else os.fsdecode(error.filename)
         _tell(
             f"localreason: {place} cannot be used: {error.strerror}; see its rights and the free space, or use another"
@@ -153,6 +154,12 @@ def main(args: Sequence[str] | None = None, wiring: "Wiring | None" = None) -> i
         return ExitCode.OUTPUT
     except Exception as error:
         return _tell_bug(error)
+
+
+def _forget_output() -> None:
+    """The flush at exit must not complain of standard output again."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file, in somebody's program
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell_bug(error: Exception) -> int:

@@ -101,7 +101,7 @@ class Results:
             while line:
                 line = line[os.write(self._file, line) :]
             self._is_dirty = True
-            self.tick()
+            self._tick()
         except OSError as error:
             os.ftruncate(self._file, self._n_bytes)
             raise _unwritable(self.path, error) from error
@@ -110,6 +110,12 @@ class Results:
 
     def tick(self) -> None:
         """Push written rows to the disk if the last time is a second ago; to be called often."""
+        try:
+            self._tick()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def _tick(self) -> None:
         if self._is_dirty and time.monotonic() - self._synced >= _SYNC_SECONDS:
             self._sync()
 

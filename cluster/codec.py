@@ -46,13 +46,15 @@ def unpack_rows(message: wire.Rows, n_tokens: int, n_embd: int) -> NDArray[np.fl
     n_scales = 0 if message.type == wire.F32 else 4 * n_tokens
     if len(message.data) != wanted or len(message.scales) != n_scales:
         raise ProtocolError(
-            f"activations of {len(message.data)} bytes came for {n_tokens} rows of {n_embd}; {wanted} were expected"
+            f"activations of {len(message.data)} bytes with {len(message.scales)} bytes of scales came for {n_tokens} "
+            f"rows of {n_embd}; {wanted} with {n_scales} were expected; use the same version of localreason everywhere"
         )
     rows = np.frombuffer(message.data, dtype).reshape(n_tokens, n_embd)
     if message.type == wire.F32:
         return rows.astype(np.float32, copy=False)
     scales = np.frombuffer(message.scales, "<f4").reshape(n_tokens, 1)
-    return (rows * scales).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):  # as above
+        return (rows * scales).astype(np.float32)
 
 
 def pack_spans(spans: list[Span]) -> list[wire.Span]:

@@ -80,6 +80,8 @@ class Lost:
 
     member: str
     reason: str
+    witness: str = ""
+    """The node that says so."""
 
 
 class Formation:
@@ -227,7 +229,7 @@ class Formation:
                 # all are well where they missed the head, which was asleep.
                 others = {wire.NEXT: self._following.get(member, member), wire.HEAD: HEAD}
                 gone = others.get(missed, member)
-                self.lost = Lost(gone, reason if gone == member else f"{member} {reason}")
+                self.lost = Lost(gone, reason if gone == member else f"{member} {reason}", member)
                 self.inbox.put(self.lost)
 
         return lose

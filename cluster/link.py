@@ -97,8 +97,13 @@ async def answering(channels: list[grpc.aio.Channel]) -> grpc.aio.Channel:
     finally:
         for task in asking:
             task.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
-        await asyncio.gather(*(channel.close() for channel in channels if channel is not best))
+        try:
+            await asyncio.gather(*asking, return_exceptions=True)
+        except asyncio.CancelledError:
+            best = None  # nobody takes it
+            raise
+        finally:
+            await asyncio.gather(*(channel.close() for channel in channels if channel is not best))
 
 
 async def measured(stub: service.RingStub) -> wire.Connected:

@@ -37,6 +37,8 @@ _STEP_SECONDS = 120.0
 _BUSY_SECONDS = 20.0
 """How long nodes are waited for that another head has, or that a machine that slept does not reach at once."""
 _AGAIN_SECONDS = 1.0
+_MOST_ASLEEP = 3
+"""Rings in a row, without a step through one, that this machine may have slept through; then who says so is at fault."""
 _RETURN_SECONDS = 30.0
 """How long a lost node is waited for without which the model does not fit."""
 Placer = Callable[[list[str]], Placement]
@@ -103,6 +105,8 @@ class RingEngine:
         """The step that each window of the head's has to see next."""
         self._formation: Formation | None = None
         """None where a ring broke and could not be formed anew, and after `close`."""
+        self._n_asleep = 0
+        """Rings in a row that ended because this machine was said to be asleep."""
         self._is_closed = False
         self._background = Background()
         self._roster = Roster(addresses, dialer, self._background, tell)
@@ -213,6 +217,9 @@ class RingEngine:
         """Go on without a node, or with the same ones where this machine was asleep."""
         started = time.perf_counter()
         self._end_formation()
+        self._n_asleep = self._n_asleep + 1 if lost.member == HEAD else 0
+        if self._n_asleep > _MOST_ASLEEP and lost.witness:
+            lost = Lost(lost.witness, f"ends every ring: {lost.reason}")
         if lost.member != HEAD:
             self._roster.lose(lost.member, lost.reason)
         n_held = self._restore(is_woken=lost.member == HEAD)
@@ -332,6 +339,7 @@ class RingEngine:
         if flight.is_replay:
             return None
         self.timing.note(flight.batch)
+        self._n_asleep = 0
         return out if self._journal.settle() else None
 
     def _issue(self, entry: Entry, is_replay: bool = False) -> None:

@@ -26,8 +26,8 @@ class Roster:
         self._dialer, self._background, self._tell = dialer, background, tell
         self._absent: set[str] = set()
         self._returned: set[str] = set()
-        self._is_any_back = threading.Event()
-        """Set while one has returned."""
+        self._change = threading.Condition()
+        """Of who has returned, which the loop notes."""
         self._is_vain = False
         """True where a return was waited for in vain, until another loss."""
         self._back: dict[str, float] = {}
@@ -63,18 +63,18 @@ class Roster:
         if not self._absent or self._is_vain:
             return False
         self._tell(f"the model does not fit without {', '.join(sorted(self._absent))}; waiting for {seconds:.0f} s")
-        self._is_vain = not self._is_any_back.wait(seconds)
+        with self._change:
+            self._is_vain = not self._change.wait_for(lambda: self.has_returned, seconds)
         if not self._is_vain:
             self.readmit()
         return not self._is_vain
 
     def readmit(self) -> None:
         """Count those that answer again among those that are there."""
-        returned = set(self._returned)
+        with self._change:
+            returned, self._returned = self._returned, set()
         self._tell(f"back again: {', '.join(sorted(returned))}")
         self._absent -= returned
-        self._returned -= returned
-        self._is_any_back.clear()
         self._back |= dict.fromkeys(returned, time.monotonic())
 
     def _look(self) -> None:
@@ -88,14 +88,14 @@ class Roster:
                 if time.monotonic() < self._due[name]:
                     continue
                 is_free = await self._is_free(name)
-                # Another head may have it by now, or it went again.
-                if not is_free or name not in self._absent:
-                    self._returned.discard(name)
-                    if not self._returned:
-                        self._is_any_back.clear()
-                elif name not in self._returned:
-                    self._returned.add(name)
-                    self._is_any_back.set()
+                with self._change:
+                    is_new = is_free and name in self._absent and name not in self._returned
+                    if is_new:
+                        self._returned.add(name)
+                        self._change.notify_all()
+                    elif not is_free or name not in self._absent:  # another head may have it by now, or it went again
+                        self._returned.discard(name)
+                if is_new:
                     self._tell(f"{name} answers again and is used for the next request")
 
     async def _is_free(self, name: str) -> bool:

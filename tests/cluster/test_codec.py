@@ -42,6 +42,13 @@ def test_any_bytes_are_rows_or_an_error_of_ours(data, n_tokens, n_embd):
         assert unpack_rows(wire.Rows.FromString(data), n_tokens, n_embd).shape == (n_tokens, n_embd)
 
 
+@pytest.mark.parametrize("row_type", ROW_TYPES)
+def test_what_is_no_number_stays_none_and_warns_nobody(row_type):
+    rows = np.array([[np.inf, 1.0], [np.nan, 1.0], [2.0, 1.0]], np.float32)
+    back = unpack_rows(pack_rows(rows, ROW_TYPES[row_type]), 3, 2)
+    assert np.isfinite(back).all(axis=1).tolist() == [False, False, True]
+
+
 def test_spans_leave_their_tokens_at_home():
     spans = [Span(3, 17, [5, 6, 7], 1), Span(0, 0, [9])]
     step = wire.Step(spans=pack_spans(spans))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from localreason.cluster.background import Background
-from localreason.cluster.formation import HEAD, Lost
+from localreason.cluster.formation import HEAD, Formation, Lost
+from localreason.cluster.gate import PlainGate
 from localreason.cluster.member import Address, Member
 from localreason.cluster.roster import Roster
 from localreason.cluster.window import LayerWindow
@@ -66,6 +67,32 @@ def test_a_head_that_stood_still_blames_nobody(model, head, spare, folder, expec
         ring.rewind(0, 0)
         assert np.array_equal(script(ring), expected)
         assert ring.timing.recoveries == []
+
+
+def test_what_a_node_said_while_the_head_stood_still_counts():
+    async def look(seconds):
+        member = Member(Address("bed", "127.0.0.1", 1), PlainGate())
+        member._looked = time.time() - seconds
+        member._look()
+        return time.monotonic() - member._heard < 10
+
+    assert [asyncio.run(look(seconds)) for seconds in (0.5, 4.0)] == [False, True]
+
+
+def test_a_node_that_ends_every_ring_is_done_without(model, head, spare, folder, expected, monkeypatch):
+    name, send, told = spare[0].name, Formation.send, []
+
+    def end(formation, step):
+        if name in formation.members:
+            formation.inbox.put(Lost(HEAD, f"{name} failed: the head said nothing", name))
+        else:
+            send(formation, step)
+
+    monkeypatch.setattr(Formation, "send", end)
+    with ring_of(model, head, spare, folder, tell=told.append) as ring:
+        assert np.array_equal(script(ring), expected)
+        assert [lost for lost, _ in ring.timing.recoveries] == [HEAD, HEAD, HEAD, name]
+    assert any(f"{name} is lost: ends every ring" in text for text in told)
 
 
 @pytest.mark.parametrize("is_cut", [False, True], ids=["connections stay", "connections break"])

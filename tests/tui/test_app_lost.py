@@ -207,6 +207,7 @@ def test_a_signal_to_end_leaves_the_terminal_in_order(tmp_path):
     async def scene(stage):
         await stage.ask()
         stage.script.answer("So far")
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, "the tests would end with it"
         os.kill(os.getpid(), signal.SIGTERM)
         async with asyncio.timeout(20):
             while not stage.app._exit:
