@@ -38,7 +38,7 @@ _BUSY_SECONDS = 20.0
 """How long nodes are waited for that another head has, or that a machine that slept does not reach at once."""
 _AGAIN_SECONDS = 1.0
 _MOST_ASLEEP = 3
-"""Rings in a row, without a step through one, that this machine may have slept through; then who says so is at fault."""
+"""Rings in a row, without a step through one, that this machine may have slept through; then who says so is lost."""
 _RETURN_SECONDS = 30.0
 """How long a lost node is waited for without which the model does not fit."""
 Placer = Callable[[list[str]], Placement]

@@ -24,7 +24,7 @@ class Run:
 
 
 class Dialogue:
-    """Every change goes to the history at once. Nothing here is called by the decode thread."""
+    """Every change goes to the history at once, or with the next one. Nothing here is called by the decode thread."""
 
     def __init__(self, history: History, recipe: Recipe, preset: str) -> None:
         self.history = history
@@ -80,30 +80,32 @@ class Dialogue:
 
     def send(self, text: str) -> Run:
         """Store a message of the user at the end and start the reply. There is a model and nothing runs."""
-        conversation = self.conversation or self.history.create(self.model)
-        path = conversation.path()
-        return self._say(conversation, path[-1] if path else None, text)
+        path = self.conversation.path() if self.conversation is not None else []
+        return self._say(path[-1] if path else None, text)
 
     def edit(self, message: Message, text: str) -> Run:
         """Put another version beside a user's message and reply to it."""
-        assert self.conversation is not None
-        return self._say(self.conversation, self._parent(message), text)
+        return self._say(self._parent(message), text)
 
     def regenerate(self, message: Message) -> Run:
         """Put another reply beside this one, with another seed."""
         assert self.conversation is not None
         asked = self._parent(message)
         assert asked is not None
-        return self._reply(self.conversation, asked, len(self.conversation.siblings(message)))
+        reply = self.history.add(self.conversation, asked, "assistant")
+        return self._start(self.conversation, asked, reply, len(self.conversation.siblings(message)))
 
-    def _say(self, conversation: Conversation, parent: Message | None, text: str) -> Run:
-        message = self.history.add(conversation, parent, "user", text)
-        return self._reply(conversation.put(message), message, 0)
+    def _say(self, parent: Message | None, text: str) -> Run:
+        with self.history.at_once():  # what cannot be stored is put back, and would stand there twice
+            conversation = self.conversation or self.history.create(self.model)
+            asked = self.history.add(conversation, parent, "user", text)
+            conversation = conversation.put(asked)
+            reply = self.history.add(conversation, asked, "assistant")
+        return self._start(conversation, asked, reply, 0)
 
-    def _reply(self, conversation: Conversation, asked: Message, version: int) -> Run:
+    def _start(self, conversation: Conversation, asked: Message, message: Message, version: int) -> Run:
         assert self.streamer is not None
         assert self.run is None
-        message = self.history.add(conversation, asked, "assistant")
         self.conversation = conversation.put(message)
         recipe = replace(self.recipe, seed=self.recipe.seed + version)
         reply = self.streamer.start(conversation.turns(asked), recipe, self.preset)

@@ -5,7 +5,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +86,10 @@ class History:
             Summary(id, title, model, self._excerpt(id, words[0] if words else ""), n_messages, updated)
             for id, title, model, updated, n_messages in rows
         ]
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """All of what is stored within, or nothing."""
+        return transaction(self.path, self._database)
 
     def create(self, model: str, title: str = "") -> Conversation:
         """A new conversation; without a title its first message gives one."""

@@ -221,13 +221,14 @@ class Menus(ChatScreen):
 
 def _read(path: Path) -> str:
     """The text of a file that is small enough for a message."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for, in the screen's own task
-        raise InputError(f"{path} is no regular file; give the path of a text file")
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, in the screen's own task
+            raise InputError(f"{path} is no regular file; give the path of a text file")
         with path.open("rb") as file:
             data = file.read(_ATTACHED_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; give the path of a text file") from error
+    except (OSError, ValueError) as error:  # a name may hold a NUL
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read: {why}; give the path of a text file") from error
     if len(data) > _ATTACHED_BYTES:
         raise InputError(f"{path} has more than {_ATTACHED_BYTES >> 20} MiB; attach a part of it")
     try:

@@ -95,7 +95,10 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 @contextlib.contextmanager
 def transaction(path: Path, database: sqlite3.Connection) -> Iterator[None]:
-    """All of what is written within, or nothing."""
+    """All of what is written within, or nothing; one within another is a part of it."""
+    if database.in_transaction:
+        yield
+        return
     with errors_as_ours(path):
         database.execute("BEGIN IMMEDIATE")
         try:

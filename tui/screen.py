@@ -184,6 +184,7 @@ class ChatScreen(Screen[None]):
 
     def begin_edit(self, message: Message) -> None:
         """Write a message anew; the draft is put aside."""
+        self.composer.leave_inputs()
         if self.edited is None:
             self._parked = self.composer.expanded()
         self.edited = message

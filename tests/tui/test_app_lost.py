@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+from textual.widgets import Input
 
 from localreason.runtime.errors import OutputError
 from localreason.tui.history import History
@@ -232,5 +233,74 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         await stage.type(str(tmp_path / "pipe"))
         await stage.press("enter")
         await stage.told("is no regular file")
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_a_notice(tmp_path, name):
+    async def scene(stage):
+        await stage.press("ctrl+o")
+        stage.app.screen.query_one(Input).value = name
+        await stage.press("enter")
+        await stage.told("cannot be read")
+
+    play(tmp_path, scene)
+
+
+def test_a_folded_part_that_was_deleted_as_a_whole_is_no_half(tmp_path):
+    async def scene(stage):
+        composer = stage.chat.composer
+        composer.fold("file", "a.txt", "one\ntwo")
+        await stage.press("backspace")
+        composer.fold("file", "a.txt", "one\ntwo\nthree")
+        await stage.press("enter")
+        assert stage.script.started[-1][0][-1].content == "one\ntwo\nthree"
+        stage.script.answer("3")
+        stage.script.end()
+        await stage.settle()
+        composer.fold("paste", "1", "x" * 3000)
+        composer.move_cursor((0, 4))
+        composer.delete((0, 0), (0, 4))
+        await stage.press("enter")
+        await stage.told("Half of a folded text")
+
+    play(tmp_path, scene)
+
+
+def test_a_question_whose_reply_cannot_be_stored_is_put_back_once(tmp_path, monkeypatch):
+    add = History.add
+
+    def fail(history, conversation, parent, role, content=""):
+        return add(history, conversation, parent, role, content) if role == "user" else locked()
+
+    async def scene(stage):
+        await stage.type("What?")
+        with monkeypatch.context() as patched:
+            patched.setattr(History, "add", fail)
+            await stage.press("enter")
+            await stage.told("in use by another program")
+        assert stage.chat.composer.text == "What?"
+        assert stage.history.summaries() == []
+        await stage.press("enter")
+        assert [message.content for message in stage.dialogue.path] == ["What?", ""]
+        assert len(stage.history.summaries()) == 1
+
+    play(tmp_path, scene)
+
+
+def test_an_edit_that_begins_at_an_earlier_input_keeps_itself_and_the_draft(tmp_path):
+    async def scene(stage):
+        await stage.talk("question", "1")
+        await stage.type("draft")
+        await stage.press("up")
+        assert stage.chat.composer.text == "question"
+        await stage.press("ctrl+b", "up", "up", "e", "s")
+        assert stage.chat.composer.text == "questions"
+        await stage.chat.show_conversation()  # as with another version of a reply
+        assert stage.chat.composer.text == "questions"
+        await stage.press("enter")
+        assert stage.script.started[-1][0][-1].content == "questions"
+        assert stage.chat.composer.text == "draft"
 
     play(tmp_path, scene)

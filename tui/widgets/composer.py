@@ -35,16 +35,22 @@ class Composer(TextArea):
             placeholder="Ask something. Enter sends, Ctrl+J begins a new line, F1 shows all keys.",
         )
         self._folded: dict[str, str] = {}
+        self._n_pasted = 0
         self._inputs: list[str] = []
         self._at = 0
         self._draft = ""
 
     def remember(self, inputs: list[str]) -> None:
         """The earlier inputs, oldest first; up and down walk through them."""
-        if self._at < len(self._inputs):
-            self.restore(self._draft)
+        self.leave_inputs()
         self._inputs = list(inputs)
         self._at = len(self._inputs)
+
+    def leave_inputs(self) -> None:
+        """Go back from an earlier input to the draft."""
+        if self._at < len(self._inputs):
+            self.restore(self._draft)
+            self._at = len(self._inputs)
 
     def fold(self, kind: str, name: str, text: str) -> None:
         """Put a text in as one line that stands for it."""
@@ -95,7 +101,8 @@ class Composer(TextArea):
         if _is_folded(event.text):
             event.stop()
             event.prevent_default()
-            self.fold("paste", str(len(self._folded) + 1), event.text)
+            self._n_pasted += 1  # what was sent may be put back beside it
+            self.fold("paste", str(self._n_pasted), event.text)
 
     def action_delete_left(self) -> None:
         """A folded part goes as a whole: half of its line would be sent as it stands."""
@@ -120,7 +127,7 @@ class Composer(TextArea):
 
     def _send(self) -> None:
         """Give the text away at once: keys that follow belong to the next one."""
-        if any(map(self._is_stump, self._folded)):
+        if self._has_stump():
             self.notify("Half of a folded text would be sent as it stands; Ctrl+Z undoes, or delete it.")
             return
         text = self.expanded().strip()
@@ -131,9 +138,12 @@ class Composer(TextArea):
                 self.text = ""
             self._folded.clear()
 
-    def _is_stump(self, label: str) -> bool:
-        ends = label[: label.index(":") + 1], label[label.rindex(",") :]
-        return label not in self.text and any(end in self.text for end in ends)
+    def _has_stump(self) -> bool:
+        left = self.text
+        for label in self._folded:
+            left = left.replace(label, "")
+        ends = ((label[: label.index(":") + 1], label[label.rindex(",") :]) for label in self._folded)
+        return any(first in left or last in left for first, last in ends)
 
     def note_sent(self, sent: Sent) -> None:
         """What was sent can be called back with up."""
