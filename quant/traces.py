@@ -87,7 +87,7 @@ def trace_encoder(tokenizer: LlamaTokenizer) -> Callable[[Trace], list[int]]:
             parts = [Part(trace.thinking, False), Part(format.close, True), *parts]
             if not is_open:
                 parts.insert(0, Part(format.open, True))
-        reply = encode([part for part in parts if part.text], tokenizer, format)
-        return prompt[n_prefix:] + reply[n_prefix:]
+        reply = encode([part for part in parts if part.text], tokenizer, format, tail if trace.problem else None)
+        return prompt[n_prefix:] + (reply if trace.problem else reply[n_prefix:])
 
     return encode_trace

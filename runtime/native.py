@@ -172,15 +172,17 @@ def interrupts_after() -> Iterator[list[int]]:
     """Ctrl-C takes effect behind the block; the list is not empty once it was pressed. llama.cpp calls back while it
     loads, for its log, and what is raised in there is lost: the program would go on as if no key had been pressed."""
     presses: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    # What is started in the background of a script ignores the key, and goes on doing so.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield presses
         return
-    before = signal.signal(signal.SIGINT, lambda number, frame: presses.append(number))
+    signal.signal(signal.SIGINT, lambda number, frame: presses.append(number))
     try:
         yield presses
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
-        if presses and callable(before):
+        signal.signal(signal.SIGINT, before)
+        if presses:
             before(signal.SIGINT, None)
 
 

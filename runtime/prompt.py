@@ -147,25 +147,31 @@ def _either(texts: list[str], depth: int = 0) -> str:
     return "|".join(branches) + ("|" if "" in texts else "")
 
 
-def encode(parts: list[Part], tokenizer: _Vocabulary, format: ThinkingFormat) -> list[int]:
-    """Token ids of a rendered prompt, BOS in front where the model wants one and the template wrote none.
+def encode(parts: list[Part], tokenizer: _Vocabulary, format: ThinkingFormat, behind: str | None = None) -> list[int]:
+    """Token ids of a rendered prompt, BOS in front where the model wants one and the template wrote none; or of what
+    comes behind a text of the template's.
 
     A prompt without any special text in its messages is tokenised in one piece, as llama.cpp would. Otherwise each
     message is tokenised as plain text, and special text in it is cut in two, since user-defined tokens such as
     `<think>` are recognised even in plain text.
     """
+    marks = tuple(tokenizer.control_texts)
+    # SentencePiece puts its space behind a control token too.
+    is_first = behind is None or behind.endswith(marks)
     found = _finder(frozenset({*tokenizer.control_texts, *format.opens, *format.closes} - {""}))
     if found is None or not any(found.search(part.text) for part in parts if not part.is_trusted):
-        ids = tokenizer.encode("".join(part.text for part in parts), special=True, is_first=True)
+        ids = tokenizer.encode("".join(part.text for part in parts), special=True, is_first=is_first)
     else:
         ids = []
         pieces = cache(tokenizer.encode)  # llama.cpp takes 0.05 ms for each, and a message of tags has 100,000
         for part in parts:
             if part.is_trusted:
-                ids += tokenizer.encode(part.text, special=True, is_first=not ids)
+                ids += tokenizer.encode(part.text, special=True, is_first=is_first)
+                is_first = part.text.endswith(marks)
                 continue
             cuts = [0, *(match.start() + 1 for match in found.finditer(part.text)), len(part.text)]
             for start, end in pairwise(cuts):
-                ids += pieces(part.text[start:end], is_first=not ids)
-    prefix = tokenizer.prefix
+                ids += pieces(part.text[start:end], is_first=is_first)
+                is_first = is_first and start == end
+    prefix = tokenizer.prefix if behind is None else []
     return ids if not prefix or ids[: len(prefix)] == prefix else [*prefix, *ids]

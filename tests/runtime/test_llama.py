@@ -22,7 +22,10 @@ from localreason.runtime.errors import (
     OutOfMemory,
     StateError,
 )
+from localreason.runtime.formats import FORMATS
 from localreason.runtime.llama import EngineOptions, load, load_tokenizer
+from localreason.runtime.prompt import encode
+from localreason.runtime.template import Part
 from tests.gguf_models import MARKS, TEMPLATE, write_model
 
 OPTIONS = EngineOptions(n_context=256, n_sequences=4, n_threads=1)
@@ -416,6 +419,16 @@ def test_a_text_behind_another_has_no_space_before_it_on_a_vocabulary_of_sentenc
         assert b"".join(pieces("\n\na.")) == b"\n\na."
         assert pieces("") == []
 
+        def prompt(*parts, behind=None):
+            ids = encode([Part(text, is_trusted) for text, is_trusted in parts], tokenizer, FORMATS["none"], behind)
+            return b"".join(tokenizer.piece(token) for token in ids)
+
+        # A message with special text in it is tokenised by itself, and has the same space in front.
+        assert prompt(("<pad>", True), ("a", False), ("<pad>b", True)) == b"<pad> a<pad> b"
+        assert prompt(("<pad>", True), ("a<pad>", False), ("<pad>b", True)) == b"<pad> a<pad><pad> b"
+        assert prompt(("a", False), behind="Q:") == b"a"
+        assert prompt(("a", False), behind="Q:<pad>") == b" a"
+
 
 def test_a_context_that_cannot_be_warmed_is_freed(tmp_path, monkeypatch):
     closed, close = [], Cache.close
@@ -428,6 +441,22 @@ def test_a_context_that_cannot_be_warmed_is_freed(tmp_path, monkeypatch):
     with pytest.raises(OutOfMemory):
         load(write_model(tmp_path / "m.gguf"), EngineOptions(256, 1, 1))
     assert closed
+
+
+def test_a_program_that_ignores_ctrl_c_goes_on_loading(tmp_path, monkeypatch):
+    path, lib = write_model(tmp_path / "m.gguf"), native.library()
+    load_model, before = lib.llama_model_load_from_file, signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def loading(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return load_model(*arguments)
+
+    monkeypatch.setattr(lib, "llama_model_load_from_file", loading)
+    try:
+        load(path, EngineOptions(256, 1, 1))[0].close()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_while_llama_cpp_calls_back_ends_the_loading(tmp_path, monkeypatch):
