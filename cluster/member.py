@@ -318,6 +318,6 @@ def reason(error: grpc.aio.AioRpcError) -> str:
         return _NO_TLS
     if code is grpc.StatusCode.UNAUTHENTICATED or "handshake" in details or "certificate" in details:
         return UNTRUSTED
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):  # a node that is being stopped
         return _UNREACHABLE
     return f"failed: {shown(error.details() or '', MOST_TEXT)}"

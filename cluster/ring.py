@@ -235,7 +235,7 @@ class RingEngine:
             self._journal.absorb()
         self._form(is_woken=is_woken)
         ring = self._ring
-        n_held = sum(map(len, self._journal.base.tokens))
+        n_held = self._journal.base.n_used
         for entry in self._journal.base.rebuild(piece_size(n_held, self.n_batch, self.n_in_flight)):
             self._issue(entry, is_replay=True)
             # A node takes a bounded number of steps at once, and a long answer has more than that.
@@ -249,6 +249,15 @@ class RingEngine:
 
     # --- the engine ---------------------------------------------------------------------------------------------
 
+    def begin_request(self) -> None:
+        """Form the ring anew where a node has come back; other answers that are under way wait for what they hold to be
+        evaluated again. Raises as `submit` does."""
+        if self._roster.has_returned and not self._is_closed:
+            self._roster.readmit()
+            self._end_formation()
+            with self._whole():
+                self._restore()
+
     def submit(self, batch: Batch) -> None:
         """Send a batch off. Raises ContextFull, DecodeFailed; then nothing was changed. Raises PlanImpossible,
         NodeBusy, ClusterError where the ring had broken and cannot be formed; the next batch tries again."""
@@ -257,13 +266,10 @@ class RingEngine:
             raise ContextFull(
                 f"no room for {n} more tokens in a cache of {self.n_context}; drop a sequence or give a larger context"
             )
-        # With a prompt, for forming the ring anew would interrupt an answer.
-        is_prompt = any(len(span.tokens) > 1 for span in batch)
-        if self._roster.has_returned and not self._flights and (is_prompt or self._formation is None):
-            self._roster.readmit()
-            self._end_formation()
         with self._whole():
             if self._formation is None and not self._is_closed:
+                if self._roster.has_returned:
+                    self._roster.readmit()
                 self._restore()
             if not self._flights:
                 self.timing.begin()

@@ -109,6 +109,7 @@ class _Loop:
             for control in row.request.controls:
                 yield from self._act(row, control, control.begin(sequence))
             yield from self._drain(row)
+            self.engine.begin_request()
         self.schedule.enter(row)
         yield from self._settle()
 

@@ -76,6 +76,10 @@ class Engine(Protocol):
         """Of these, as many as decoding sequences are spread over: those of one batch share the reading of weights."""
         ...
 
+    def begin_request(self) -> None:
+        """A request begins: what would interrupt an answer may be done now."""
+        ...
+
     def submit(self, batch: Batch) -> None:
         """Hand a batch over; memory operations that follow see it done. Raises ContextFull, nothing changed."""
         ...

@@ -165,6 +165,9 @@ class LlamaEngine:
 
     n_in_flight = n_spread = 1
 
+    def begin_request(self) -> None:
+        """There is nothing to be done."""
+
     def submit(self, batch: Batch) -> None:
         """Evaluate the batch; its rows wait for `collect`."""
         self._rows = self._cache.decode(batch)

@@ -77,6 +77,7 @@ class ScriptedEngine:
         self.can_rewind = can_rewind
         self.n_in_flight, self.n_spread = n_in_flight, n_spread or n_in_flight
         self.results: deque[Logits] = deque()
+        self.n_requests = 0
         self.held: list[list[int]] = [[] for _ in range(n_sequences)]
         self.shared = [0] * n_sequences
         self.batches: list[Batch] = []
@@ -85,6 +86,9 @@ class ScriptedEngine:
     @property
     def n_used(self) -> int:
         return sum(len(tokens) - shared for tokens, shared in zip(self.held, self.shared, strict=True))
+
+    def begin_request(self) -> None:
+        self.n_requests += 1
 
     def submit(self, batch: Batch) -> None:
         assert len(self.results) < self.n_in_flight

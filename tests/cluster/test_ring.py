@@ -390,6 +390,10 @@ def test_a_node_that_comes_back_is_used_for_the_next_request(model, head, spare,
         assert back.wait(20)
         ring.decode([Span(0, len(PROMPT) + 1, [1])])
         assert len(ring.placement.windows) == 2, "not in the middle of an answer"
+        ring.submit([Span(0, len(PROMPT) + 2, [1])])
+        ring.begin_request()  # beside an answer, whose batch is under way
+        assert len(ring.placement.windows) == 3
+        assert ring.collect().shape == (1, ring.n_vocab)
         ring.fork(0, 1, len(PROMPT))  # a chat goes on from the prompt that it keeps
         assert np.array_equal(ring.decode([Span(1, len(PROMPT), [2, 3])]), expected)
         assert len(ring.placement.windows) == 3

@@ -229,6 +229,7 @@ def test_a_full_cache_evicts_the_youngest_which_ends_with_the_same_reply_later()
     events = list(decode(engine, tokenizer, requests))
     assert finish_of(events) == [("A", "end"), ("B", "end")]
     assert [r.sequence.answer for r in requests] == ["1" * 30, "2" * 30]
+    assert engine.n_requests == 2, "a row that is taken back is no new request"
     assert not any(engine.held)
 
 
