@@ -263,7 +263,7 @@ class Building:
         """Take over the parts that an earlier attempt finished; their digests are checked again."""
         is_new = not self._path.exists()
         self._file = self._path.open("w+b" if is_new else "r+b")
-        self._file.write(self.recipe.header)
+        self._write(self.recipe.header)
         size = self._path.stat().st_size
         for piece, offset in zip(self.recipe.pieces, self._offsets, strict=True):
             if is_new or offset + piece.n_bytes > size or _digest(self._path, offset, piece.n_bytes) != piece.sha256:

@@ -1,6 +1,8 @@
 """`localreason solve` with a scripted model: what is shown, what is saved, how it ends, how it goes on."""
 
+import errno
 import json
+import math
 import os
 import pty
 import resource
@@ -14,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from localreason.cli.main import ExitCode, main
-from localreason.cli.results import Row, problem_hash
+from localreason.cli.results import Results, Row, problem_hash
+from localreason.runtime.errors import OutputError
 from tests.cli.conftest import rows
 from tests.cli.fake import FakeModel, wiring
 from tests.cluster.processes import RUN
@@ -303,3 +306,16 @@ def test_a_terminal_sees_thinking_dimmed_and_no_escape_of_the_model(model: str):
     assert "\x1b[31m" not in shown
     assert "\x1b[2;3m[budget: thinking cut after 3 tokens]" in shown
     assert "It is [bold]7[/bold]." in shown
+
+
+def test_a_disk_that_fails_at_a_sync_is_said_of_the_results(home: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(file: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    results = Results(home / "r.jsonl", [], {}, {})
+    results._is_dirty, results._synced = True, -math.inf
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(OutputError, match=r"r\.jsonl cannot be written: .*quota"):
+            results.tick()
+    results.close()
