@@ -195,6 +195,7 @@ def test_a_node_that_another_head_took_meanwhile_is_done_without(model, head, sp
         assert back.wait(20)
         with ring_of(model, head, spare[1:], folder, name="desk"):
             ring.rewind(0, 0)
+            ring.begin_request()
             assert np.array_equal(script(ring), expected)
             assert [window.member for window in ring.placement.windows] == ["old", HEAD]
     assert any(text.startswith("older is lost: older: older is busy with desk") for text in told), told

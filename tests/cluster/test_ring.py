@@ -585,7 +585,7 @@ class TestHostileHeads:
             ({"spans": [wire.Span(sequence=9, n_tokens=1)]}, "sequence 9"),
             ({"spans": [wire.Span(n_tokens=4000)]}, "4000 rows"),
             ({"spans": [wire.Span(position=9, n_tokens=1)]}, "does not continue"),
-            ({"rows": wire.Rows(data=b"123")}, "3 bytes came"),
+            ({"rows": wire.Rows(data=b"123")}, "activations of 3 bytes"),
             ({"rows": wire.Rows(type=wire.I8, data=bytes(64))}, "came for 1 rows"),
             ({"operations": [wire.Operation(source=200)]}, "no sequence 200"),
             ({"operations": [wire.Operation(source=0, target=0, n_tokens=1)]}, "cannot share"),

@@ -382,11 +382,11 @@ def test_a_reply_is_read_until_its_first_token_and_its_keys_are_those_of_its_pha
     async def scene(stage):
         await stage.ask()
         assert stage.chat.instruments.state == "reading"
-        assert "Answer now" in stage.text
+        await stage.until(lambda: "Answer now" in stage.text)
         stage.script.answer("So ")
         await stage.settle()
         assert stage.chat.instruments.state == "answering"
-        assert "Answer now" not in stage.text
+        await stage.until(lambda: "Answer now" not in stage.text)
 
     play(tmp_path, scene)
 
