@@ -10,12 +10,11 @@ last line is JSON.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from record import describe_command
+from record import describe_command, write
 
 from localreason.cli.evaluation.compare import Run, load
 from localreason.cli.evaluation.statistics import is_cut, pair, summarise
@@ -94,9 +93,7 @@ def main() -> None:
         "recipes": {run.name: run.header["recipe"] for run in runs},
         "configurations": configurations,
     }
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    write(record, options.out)
 
 
 if __name__ == "__main__":

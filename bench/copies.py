@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-from record import describe_command
+from record import describe_command, write
 
 from localreason.cluster.costs import Links, ModelCosts, Step, has_gpu, rates
 from localreason.cluster.device import Device
@@ -100,10 +100,7 @@ def main():
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    record = {**describe_command(), "homes": options.homes, "rows": rows}
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    write({**describe_command(), "homes": options.homes, "rows": rows}, options.out)
 
 
 if __name__ == "__main__":

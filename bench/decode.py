@@ -7,13 +7,12 @@ ratios within a turn. The last line is JSON. Peak memory is measured in a proces
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from record import describe_run
+from record import describe_run, write
 
 from localreason.cli.benchmark.loops import ARMED, TEXT, prompt_of, run_armed, run_bare
 from localreason.cli.benchmark.machine import peak_bytes
@@ -89,9 +88,7 @@ def main():
         result[f"{which}_peak_bytes"] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     result["peak_ratio"] = round(result["full_peak_bytes"] / result["bare_peak_bytes"], 4)
     record = {**describe_run(options.model), "n_tokens": options.tokens, "n_runs": options.runs, **result}
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    write(record, options.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import time
 from itertools import product
 from pathlib import Path
 
-from record import describe_command
+from record import describe_command, write
 
 from localreason.cluster.costs import Links, ModelCosts
 from localreason.cluster.device import Device
@@ -81,10 +81,7 @@ def main():
         row = {"gpus": n_gpus, "disk": is_short, "for": wish, "median": statistics.median(taken), "most": max(taken)}
         rows.append(row)
         print(json.dumps(row), flush=True)
-    record = {**describe_command(), "homes": options.homes, "rows": rows}
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    write({**describe_command(), "homes": options.homes, "rows": rows}, options.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import quant_tools
-from record import describe_run
+from record import describe_run, write
 
 from localreason.quant.choose import describe
 from localreason.quant.gguf import ModelFile
@@ -150,9 +150,7 @@ def main():
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     record = measure([parse(argument) for argument in given.models], given)
-    if given.out:
-        given.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    write(record, given.out)
 
 
 if __name__ == "__main__":

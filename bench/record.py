@@ -1,6 +1,7 @@
 """What every script here writes beside its numbers: the command, the commit, and what `localreason bench` writes."""
 
 import hashlib
+import json
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,13 @@ def describe_run(model: Path) -> dict[str, object]:
     with model.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {**describe_command(), **machine.describe_run(model, sha256)}
+
+
+def write(record: dict[str, object], out: Path | None) -> None:
+    """Into a file if there is to be one, and as the last line."""
+    if out:
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
 
 
 def describe_command() -> dict[str, object]:

@@ -25,7 +25,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-from record import describe_run
+from record import describe_run, write
 from turns import Turns
 
 from localreason.cli.server_app import Access
@@ -210,9 +210,7 @@ def main():
         for n in options.clients
     ]
     record = {**describe_run(options.model), "n_tokens": options.tokens, "n_runs": options.runs, "rows": rows}
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    write(record, options.out)
 
 
 if __name__ == "__main__":
