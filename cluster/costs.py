@@ -132,9 +132,11 @@ class Links:
 
     def hops(self, names: Sequence[str], n_bytes: int) -> tuple[Array, Array]:
         """`seconds` and `transfer_seconds` from each of `names` to each."""
-        links = np.array([[self.of(one, other) for other in names] for one in names])
-        uses = n_bytes / links[..., 1]
-        return links[..., 0] + uses, uses
+        seconds, uses = (
+            np.array([[of(one, other, n_bytes) for other in names] for one in names])
+            for of in (self.seconds, self.transfer_seconds)
+        )
+        return seconds, uses
 
     def seconds(self, one: str, other: str, n_bytes: int) -> float:
         """A hop of `n_bytes`."""
