@@ -469,8 +469,12 @@ def test_ctrl_c_while_llama_cpp_calls_back_ends_the_loading(tmp_path, monkeypatc
         return load_model(*arguments)
 
     monkeypatch.setattr(lib, "llama_model_load_from_file", loading)
-    with pytest.raises(KeyboardInterrupt):
-        load(path, EngineOptions(256, 1, 1))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            load(path, EngineOptions(256, 1, 1))
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     with load(path, EngineOptions(256, 1, 1))[0] as engine:
         assert engine.decode([Span(0, 0, [1], 1)]).shape == (1, engine.n_vocab)
