@@ -53,6 +53,7 @@ def chat(
     rounds: Annotated[int | None, config.flag("rounds")] = None,
     row_type: Annotated[str | None, config.flag("row_type")] = None,
     disk: Annotated[bool | None, config.flag("disk", "--disk/--no-disk")] = None,
+    guess: Annotated[bool | None, config.flag("guess", "--guess/--no-guess")] = None,
     history: HistoryFile = None,
     light: Light = False,
 ) -> int:

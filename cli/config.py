@@ -62,12 +62,13 @@ class Settings:
     rounds: int = _setting(0, "how often a token passes the ring; 0: planned", 0, 64)
     row_type: str = _setting("f32", "form of activations on the wire", choices=("f32", "f16", "i8"))
     disk: bool = _setting(False, "let weights that do not fit into memory be read from disk at each token")
+    guess: bool = _setting(True, "let nodes that would wait begin with what the next token of a lone answer may be")
     cluster_folder: str | None = _setting(None, "folder of identity and pairings")
     cluster_cache: str | None = _setting(None, "folder of window files")
     plaintext: bool = _setting(False, "speak without encryption to nodes on this machine, for tests")
 
 
-_OF_RINGS = ("peers", "windows", "objective", "rounds", "row_type", "disk")
+_OF_RINGS = ("peers", "windows", "objective", "rounds", "row_type", "disk", "guess")
 FIELDS = {item.name: item for item in fields(Settings)}
 
 

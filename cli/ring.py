@@ -116,6 +116,7 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
             cache_type=cache_type,
             row_type=config.settings.row_type,
             name=home.identity.name,
+            is_guessing=config.settings.guess,
         ),
         tell,
         home.links(),

@@ -82,6 +82,7 @@ def serve(
     rounds: Annotated[int | None, config.flag("rounds")] = None,
     row_type: Annotated[str | None, config.flag("row_type")] = None,
     disk: Annotated[bool | None, config.flag("disk", "--disk/--no-disk")] = None,
+    guess: Annotated[bool | None, config.flag("guess", "--guess/--no-guess")] = None,
 ) -> None:
     """Serve an OpenAI-compatible API on this machine, until Ctrl-C.
 

@@ -73,6 +73,7 @@ def solve(
     rounds: Annotated[int | None, config.flag("rounds")] = None,
     row_type: Annotated[str | None, config.flag("row_type")] = None,
     disk: Annotated[bool | None, config.flag("disk", "--disk/--no-disk")] = None,
+    guess: Annotated[bool | None, config.flag("guess", "--guess/--no-guess")] = None,
     limit: Limit = None,
     is_json: Json = False,
     force: Force = False,

@@ -5,7 +5,8 @@ import contextlib
 import queue
 import secrets
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import grpc
@@ -72,6 +73,7 @@ class Returned:
     number: int
     hop: int
     rows: wire.Rows
+    came: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True, slots=True)

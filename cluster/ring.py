@@ -21,7 +21,9 @@ from .background import Background
 from .codec import ROW_TYPES, pack_rows, pack_spans, unpack_rows
 from .costs import N_UNDER_WAY
 from .errors import ClusterError, NodeBusy, NodeLost, PlanImpossible, ProtocolError
+from .flight import Flight, Purpose
 from .formation import HEAD, Formation, Lost, Placement, Returned
+from .guess import Guesses
 from .journal import Entry, Journal, Memory
 from .link import LinkBook
 from .member import Address, Dialer
@@ -56,15 +58,8 @@ class RingOptions:
     cache_type: str = "f16"
     row_type: str = "f32"
     name: str = "head"
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A batch on its way. One that is evaluated again for a new ring is in the journal's base already."""
-
-    batch: Batch
-    operations: list[wire.Operation]
-    is_replay: bool
+    is_guessing: bool = True
+    """Whether nodes that would wait for a lone answer's next token begin with what it may be."""
 
 
 class RingEngine:
@@ -98,7 +93,8 @@ class RingEngine:
         self.n_batch = options.n_batch
         self.timing = Timing()
         self._journal = Journal(options.n_sequences)
-        self._flights: dict[int, _Flight] = {}
+        self._guesses = Guesses()
+        self._flights: dict[int, Flight] = {}
         self._due: list[wire.Operation] = []
         self._number = 0
         self._awaited: dict[int, int] = {}
@@ -231,27 +227,35 @@ class RingEngine:
         """Form a ring, evaluate what was held, send again what was under way; the tokens that were held. Raises as
         `_form` does; the journal keeps everything, for the next attempt."""
         self._flights, self._due, self._number, self._awaited = {}, [], 0, {}
+        self._guesses.forget()
         if self._journal.is_unwanted:
             self._journal.absorb()
         self._form(is_woken=is_woken)
         ring = self._ring
         n_held = self._journal.base.n_used
         for entry in self._journal.base.rebuild(piece_size(n_held, self.n_batch, self.n_in_flight)):
-            self._issue(entry, is_replay=True)
+            self._repeat(entry, Purpose.REPLAY)
             # A node takes a bounded number of steps at once, and a long answer has more than that.
             while len(self._flights) >= self.n_in_flight:
                 self._advance()
                 if self._ring is not ring:  # another node was lost, and that was mended in there
                     return n_held
         for entry in list(self._journal.pending):
-            self._issue(entry)
+            self._repeat(entry, Purpose.ASKED)
         return n_held
+
+    def _repeat(self, entry: Entry, purpose: Purpose) -> None:
+        if isinstance(entry, Memory):
+            self._operate(entry)
+        else:
+            self._issue(entry, purpose)
 
     # --- the engine ---------------------------------------------------------------------------------------------
 
     def begin_request(self) -> None:
         """Form the ring anew where a node has come back; other answers that are under way wait for what they hold to be
         evaluated again. Raises as `submit` does."""
+        self._guesses.begin_request()
         if self._roster.has_returned and not self._is_closed:
             self._roster.readmit()
             self._end_formation()
@@ -271,21 +275,56 @@ class RingEngine:
                 if self._roster.has_returned:
                     self._roster.readmit()
                 self._restore()
-            if not self._flights:
+            if not self._asked:
                 self.timing.begin()
             self._journal.add(batch)
-            self._issue(batch)
+            self._guesses.learn(batch, self._journal.front.tokens)
+            if not self._guesses.claim(batch):
+                self._take_back()
+                self._issue(batch)
+            self._guess()
+
+    @property
+    def _asked(self) -> list[Flight]:
+        """What is on its way and waited for."""
+        return [flight for flight in self._flights.values() if flight.purpose in (Purpose.ASKED, Purpose.REPLAY)]
+
+    @property
+    def _lone(self) -> Flight | None:
+        """What is waited for where that is the next token of one answer, while nodes have nothing to do."""
+        asked, placement = self._asked, self._ring.placement
+        is_idle = 1 < len(placement.windows) == len(self._ring.members) + 1 and not placement.is_disk_used
+        is_one = len(asked) == 1 and len(asked[0].batch) == asked[0].batch[0].n_logits == 1
+        return asked[0] if self._options.is_guessing and is_idle and is_one else None
+
+    def _guess(self) -> None:
+        """Send what may come behind the last token of a lone answer."""
+        flight, front = self._lone, self._journal.front
+        self._guesses.follow(flight)
+        if flight is None:
+            return
+        held = front.tokens[flight.batch[0].sequence_id]
+        n_room = min(self.n_context - front.n_used, self.n_context_sequence - len(held))
+        while (guess := self._guesses.next(flight, held, n_room)) is not None:
+            span, n_known_by = guess
+            self._guesses.add(self._issue([span], Purpose.GUESS), flight, n_known_by)
+
+    def _take_back(self) -> None:
+        """Have what was guessed forgotten, before anything else happens to the caches."""
+        if forgetting := self._guesses.take_back():
+            self._operate(forgetting)
 
     def collect(self) -> Logits:
         """The wanted rows of the oldest batch, shape (n_rows, n_vocab), valid until the next call."""
         while (rows := self._advance()) is None:
             pass
-        if not self._flights:
+        if not self._asked:
             self._journal.absorb()
         return rows
 
     def discard(self) -> None:
         """Forget the rows that are under way; they still pass through, for the caches' sake."""
+        self._take_back()
         self._journal.discard()
 
     def decode(self, batch: Batch) -> Logits:
@@ -334,7 +373,11 @@ class RingEngine:
         n_tokens = sum(len(span.tokens) for span in flight.batch)
         rows = unpack_rows(item.rows, n_tokens, self._file.n_embd)
         apply(window, flight.operations)
-        out = window.run(flight.batch, rows)
+        if window.is_last:
+            flight.came, flight.taken = item.came, time.perf_counter()
+            self._guesses.note(flight)
+        # What is to be forgotten at once need not be evaluated here.
+        out = rows if flight.purpose is Purpose.VOID else window.run(flight.batch, rows)
         if ring.placement.is_disk_used:
             later = [hop for hop in ring.windows if hop > item.hop] or sorted(ring.windows)
             ring.windows[later[0]].prefetch()
@@ -342,21 +385,23 @@ class RingEngine:
             self._pass_on(item.number, item.hop + 1, pack_rows(out, ROW_TYPES[self._options.row_type]))
             return None
         del self._flights[item.number]
-        if flight.is_replay:
+        if flight.purpose is not Purpose.ASKED:
             return None
         self.timing.note(flight.batch)
         self._n_asleep = 0
         return out if self._journal.settle() else None
 
-    def _issue(self, entry: Entry, is_replay: bool = False) -> None:
-        if isinstance(entry, Memory):
-            self._due.append(wire.Operation(source=entry.source, n_tokens=entry.n_tokens, target=entry.target))
-            return
+    def _issue(self, batch: Batch, purpose: Purpose = Purpose.ASKED) -> Flight:
         number, self._number = self._number, self._number + 1
-        self._flights[number] = _Flight(entry, self._due, is_replay)
+        flight = self._flights[number] = Flight(batch, self._due, purpose, is_alone=not self._flights)
         self._due = []
-        rows = self._file.embed([token for span in entry for token in span.tokens])
+        rows = self._file.embed([token for span in batch for token in span.tokens])
         self._pass_on(number, 0, pack_rows(rows, ROW_TYPES[self._options.row_type]))
+        return flight
+
+    def _operate(self, entry: Memory) -> None:
+        """Have every window do this before the next batch."""
+        self._due.append(wire.Operation(source=entry.source, n_tokens=entry.n_tokens, target=entry.target))
 
     def _pass_on(self, number: int, hop: int, rows: wire.Rows) -> None:
         ring, flight = self._ring, self._flights[number]
@@ -380,15 +425,16 @@ class RingEngine:
 
     def _remember(self, operation: Memory) -> None:
         with self._whole():
+            self._take_back()
             self._journal.add(operation)
-            self._issue(operation)
-        if not self._flights:  # nothing has to come back first
+            self._operate(operation)
+        if not self._asked:  # nothing has to come back first
             self._journal.absorb()
 
     def close(self) -> None:
         """Leave the nodes idle and free everything; closing twice does nothing."""
         if self._formation is not None and self.timing.n_tokens:
-            self._tell(self.timing.compare(self.placement.token_seconds))
+            self._tell(self.timing.compare(self.placement.token_seconds) + self._guesses.tell())
         self._is_closed = True
         self._end_formation()
         self._background.close()

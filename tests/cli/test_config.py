@@ -37,7 +37,7 @@ def test_flag_beats_environment_beats_file_beats_default(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("bogus = 1", "c.toml: 'bogus' is not a setting; there are .*top_p"),
+        ("zzz = 1", "c.toml: 'zzz' is not a setting; there are .*top_p"),
         ("sed = 1", "c.toml: 'sed' is not a setting; do you mean 'seed'?"),
         ('seed = "x"', "seed is 'x'; give a whole number"),
         ("seed = true", "give a whole number"),
