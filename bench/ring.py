@@ -83,14 +83,16 @@ class Home:
         self.nodes[name] = (process, Address(name, "127.0.0.1", port, node.certificate.decode()))
 
     def ring(self, windows, n_sequences=4, addresses=None, place=None, n_spread=0, **options):
-        """An engine over `windows`, [(name, layers), ...] with the head last, its sequences over `n_spread` batches."""
+        """An engine over `windows`, [(name, layers), ...] with the head last, its sequences over `n_spread` batches.
+
+        It guesses nothing: what is measured is a ring that waits for each token."""
         bounds = np.cumsum([0, *(n for _, n in windows)]).tolist()
         places = tuple(Assignment(name, *bounds[i : i + 2]) for i, (name, _) in enumerate(windows))
         placement = Placement(places, n_spread=n_spread)
         names = {name for name, _ in windows}
         addresses = addresses or [address for name, (_, address) in self.nodes.items() if name in names]
         store = Store(self.folder / "head-cache", 1 << 40, [self.model])
-        chosen = RingOptions(N_CONTEXT, n_sequences, **options)
+        chosen = RingOptions(N_CONTEXT, n_sequences, **{"is_guessing": False, **options})
         tell = lambda text: print(f"# {text}", file=sys.stderr)  # noqa: E731
         return RingEngine(self.file, addresses, self.gate, store, place or (lambda _: placement), chosen, tell)
 

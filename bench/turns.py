@@ -29,6 +29,10 @@ class Turns:
         return {f"{one}, to {other}": self.ratio(one, other) for one, other in pairs}
 
     def ratio(self, one, other):
-        each = [a / b for a, b in zip(self.values[one], self.values[other], strict=True)]
-        low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
-        return {"ratio": middle, "low": low, "high": high}
+        return quartiles([a / b for a, b in zip(self.values[one], self.values[other], strict=True)])
+
+
+def quartiles(ratios):
+    """The median of some ratios and what lies between a fourth of them and three."""
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"ratio": middle, "low": low, "high": high}
