@@ -19,11 +19,13 @@ from .journal import Memory
 
 _LONGEST = 4
 """Tokens that have to stand before a guess as they stood before; fewer where so many did not."""
-_MOST_ENTRIES = 1 << 16
-"""Of each half of the table, some megabytes: the older half is given up when the newer one is full."""
+_MOST_ENTRIES = 1 << 15
+"""Of each half of the table, 8,000 tokens in some 6 MB: the older half is given up when the newer one is full."""
 _N_TIMES = 16
 """Of which the median counts: a machine in a home is busy with something else now and then."""
 _FEWEST_TIMES = 3
+_RETRY = 16
+"""Of so many guesses that are not worth it one is sent all the same, which measures the slowest node anew."""
 
 
 class Lookup:
@@ -72,6 +74,7 @@ class Pace:
         """From a step's return to that of a guess sent right behind it: the slowest node's part of a round."""
         self.own: deque[float] = deque(maxlen=_N_TIMES)
         """The head's part of a round."""
+        self._n_declined = 0
 
     def is_worth(self, odds: float, n_ahead: int) -> bool:
         """Whether one more guess behind `n_ahead` is expected to save time.
@@ -86,7 +89,12 @@ class Pace:
         whole, widest, own, n = median(self.round), median(self.widest), median(self.own), n_ahead + 1
         gain = whole / n - max(whole / (n + 1), widest, own)
         loss = max(0.0, (n + 1) * widest - whole) - max(0.0, n * widest - whole)
-        return odds * gain > (1 - odds) * loss
+        if odds * gain > (1 - odds) * loss:
+            return True
+        if n_ahead:
+            return False
+        self._n_declined = (self._n_declined + 1) % _RETRY
+        return not self._n_declined
 
 
 class Guesses:

@@ -71,6 +71,14 @@ def test_a_guess_is_worth_what_it_is_expected_to_save(seconds, odds, n_ahead, is
     assert pace(*seconds).is_worth(odds, n_ahead) == is_worth
 
 
+def test_now_and_then_a_guess_that_is_not_worth_it_measures_anew():
+    found = pace(4.0, 3.9, 1.0)
+    assert [found.is_worth(0.5, 0) for _ in range(32)].count(True) == 2
+    assert not any(found.is_worth(0.5, 1) for _ in range(32))
+    found.widest.extend([1.0] * 16)
+    assert all(found.is_worth(0.5, 0) for _ in range(32))
+
+
 def test_nothing_is_guessed_before_a_round_is_known_and_one_at_a_time_before_the_slowest_node_is():
     found = Pace()
     assert not found.is_worth(0.9, 0)
