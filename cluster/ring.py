@@ -11,16 +11,16 @@ import contextlib
 import queue
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from ..quant.gguf import ModelFile
 from ..runtime.engine import Batch, Logits, piece_size
 from ..runtime.errors import ContextFull, DecodeFailed
 from ..runtime.room import padded
+from .assembly import Assembly, Placer, RingOptions
 from .background import Background
 from .codec import ROW_TYPES, pack_rows, pack_spans, unpack_rows
 from .costs import N_UNDER_WAY
-from .errors import ClusterError, NodeBusy, NodeLost, PlanImpossible, ProtocolError
+from .errors import ClusterError, NodeLost, ProtocolError
 from .flight import Flight, Purpose
 from .formation import HEAD, Formation, Lost, Placement, Returned
 from .guess import Guesses
@@ -31,35 +31,12 @@ from .roster import Roster
 from .session import apply
 from .store import Store
 from .timing import Timing
-from .window import WindowOptions
 from .wire import ring_pb2 as wire
 
 _STEP_SECONDS = 120.0
 """A step that takes longer has met a node that hangs."""
-_BUSY_SECONDS = 20.0
-"""How long nodes are waited for that another head has, or that a machine that slept does not reach at once."""
-_AGAIN_SECONDS = 1.0
 _MOST_ASLEEP = 3
 """Rings in a row, without a step through one, that this machine may have slept through; then who says so is lost."""
-_RETURN_SECONDS = 30.0
-"""How long a lost node is waited for without which the model does not fit."""
-Placer = Callable[[list[str]], Placement]
-"""From the names of the nodes that are there to the windows. Raises PlanImpossible."""
-
-
-@dataclass(frozen=True, slots=True)
-class RingOptions:
-    """How the windows are opened. `n_batch` is the size of a micro-batch: prompts pass the ring in such pieces."""
-
-    n_context: int
-    n_sequences: int = 8
-    n_batch: int = 64
-    n_threads: int = 1
-    cache_type: str = "f16"
-    row_type: str = "f32"
-    name: str = "head"
-    is_guessing: bool = True
-    """Whether nodes that would wait for a lone answer's next token begin with what it may be."""
 
 
 class RingEngine:
@@ -84,8 +61,7 @@ class RingEngine:
         """
         file.check_cut()
         self._file = file
-        self._dialer, self._store, self._place, self._tell = dialer, store, place, tell
-        self._options, self._links = options, links
+        self._options, self._tell = options, tell
         self.n_vocab = file.n_vocab
         self.n_context = padded(options.n_context)
         self.n_context_sequence = min(self.n_context, file.n_context_train)
@@ -106,6 +82,7 @@ class RingEngine:
         self._is_closed = False
         self._background = Background()
         self._roster = Roster(addresses, dialer, self._background, tell)
+        self._assembly = Assembly(file, self._roster, self._background, dialer, store, place, options, tell, links)
         try:
             self._form(is_first=True)
         except BaseException:
@@ -150,64 +127,13 @@ class RingEngine:
         return self._ring.n_sent_bytes
 
     def _form(self, is_first: bool = False, is_woken: bool = False) -> None:
-        """Place the windows on the nodes that are there and open them, again without those that are lost meanwhile;
-        with `is_woken` nodes may take a while to be reached.
-
-        Raises NodeBusy where another head has a node at first; later that node counts as lost."""
-        deadline = time.monotonic() + _BUSY_SECONDS
-        while True:
-            self._store.forget_used()
-            try:
-                placement = self._place(self._roster.present)
-            except PlanImpossible:
-                # A network that was gone for a moment, or a machine that is started again, need not cost the answer.
-                if not self._roster.await_return(_RETURN_SECONDS):
-                    raise
-                continue
-            options = self._options
-            window_options = WindowOptions(self.n_context, self.n_sequences, self.n_batch, options.cache_type)
-            formation = Formation(self._file, placement, window_options, ROW_TYPES[options.row_type])
-            self._formation = formation
-            try:
-                opening = self._background.start(
-                    formation.open(self._roster.addresses, self._dialer, self._store, options.name)
-                )
-                try:
-                    formation.load_own(self._store, options.n_threads)
-                    opening.result()
-                finally:
-                    opening.cancel()
-                if self._links is not None:
-                    self._links.note(formation.links)
-                break
-            except (NodeLost, NodeBusy) as error:
-                # Also this head may have a node still, which ends the step that it was at in the ring that broke.
-                lost = formation.lost
-                is_asleep = is_woken or (lost is not None and lost.member == HEAD)
-                is_awaited = (isinstance(error, NodeBusy) or is_asleep) and time.monotonic() < deadline
-                self._end_formation()
-                if is_awaited:
-                    self._tell(f"{error}; waiting")
-                    if is_asleep:  # a busy node has waited itself
-                        time.sleep(_AGAIN_SECONDS)
-                elif lost is None or lost.member == HEAD or (is_first and isinstance(error, NodeBusy)):
-                    raise
-                else:
-                    self._roster.lose(lost.member, str(error))
-            except BaseException:
-                self._end_formation()
-                raise
+        self._formation = self._assembly.form(is_first, is_woken)
         self.timing.reset()
-        shares = ", ".join(f"{w.member or options.name} {w.first}-{w.end - 1}" for w in placement.windows)
-        self._tell(f"layers: {shares}")
 
     def _end_formation(self) -> None:
         formation, self._formation = self._formation, None
         if formation is not None:
-            # What a lost node does not answer must not keep the others.
-            with contextlib.suppress(ClusterError):
-                self._background.run(formation.close(), 10)
-            formation.free()
+            self._assembly.end(formation)
 
     def _recover(self, lost: Lost) -> None:
         """Go on without a node, or with the same ones where this machine was asleep."""
@@ -225,7 +151,7 @@ class RingEngine:
 
     def _restore(self, is_woken: bool = False) -> int:
         """Form a ring, evaluate what was held, send again what was under way; the tokens that were held. Raises as
-        `_form` does; the journal keeps everything, for the next attempt."""
+        `Assembly.form` does; the journal keeps everything, for the next attempt."""
         self._flights, self._due, self._number, self._awaited = {}, [], 0, {}
         self._guesses.forget()
         if self._journal.is_unwanted:

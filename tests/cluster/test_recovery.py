@@ -178,7 +178,7 @@ def test_a_node_outlives_the_terminal_that_it_was_started_in(model, head, folder
 
 
 def test_a_node_that_another_head_took_meanwhile_is_done_without(model, head, spare, folder, expected, monkeypatch):
-    monkeypatch.setattr("localreason.cluster.ring._BUSY_SECONDS", 1.0)
+    monkeypatch.setattr("localreason.cluster.assembly._BUSY_SECONDS", 1.0)
     back, told = threading.Event(), []
 
     def tell(text):

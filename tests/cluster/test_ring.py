@@ -297,7 +297,7 @@ def of_two(names):
 def test_a_model_that_fits_nowhere_any_more_is_a_clear_error_until_a_node_is_back(
     model, head, spare, folder, expected, monkeypatch
 ):
-    monkeypatch.setattr("localreason.cluster.ring._RETURN_SECONDS", 0.1)
+    monkeypatch.setattr("localreason.cluster.assembly._RETURN_SECONDS", 0.1)
     monkeypatch.setattr("localreason.cluster.roster._RETRY_SECONDS", 0.5)
     back, told = threading.Event(), []
 
@@ -441,7 +441,7 @@ def test_the_head_opens_its_windows_while_the_nodes_open_theirs(model, head, nod
 
 
 def test_a_second_head_waits_and_is_told_who_has_the_node(model, head, nodes, folder, monkeypatch):
-    monkeypatch.setattr("localreason.cluster.ring._BUSY_SECONDS", 0.0)
+    monkeypatch.setattr("localreason.cluster.assembly._BUSY_SECONDS", 0.0)
     with ring_of(model, head, nodes, folder, name="the laptop"), monkeypatch.context() as patch:
         patch.setattr("localreason.cluster.formation.LayerWindow", None)  # nothing is opened for a ring that waits
         with pytest.raises(NodeBusy, match="busy with the laptop"):
