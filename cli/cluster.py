@@ -267,6 +267,7 @@ def plan(
     row_type: Annotated[str | None, config.flag("row_type")] = None,
     rounds: Annotated[int | None, config.flag("rounds")] = None,
     disk: Annotated[bool | None, config.flag("disk", "--disk/--no-disk")] = None,
+    guess: Annotated[bool | None, config.flag("guess", "--guess/--no-guess")] = None,
     peers: Peers = None,
     is_json: Json = False,
 ) -> None:
@@ -290,7 +291,7 @@ def plan(
     if devices and peers:
         raise typer.BadParameter("is for the machines that are there; leave out --devices", param_hint="--peer")
     cache = {"context": context, "cache_type": cache_type}
-    ways = {"objective": objective, "rounds": rounds, "row_type": row_type, "disk": disk}
+    ways = {"objective": objective, "rounds": rounds, "row_type": row_type, "disk": disk, "guess": guess}
     settings = config.load({**cache, **ways, "peers": peers, "model": model})
     chosen = settings.settings
     file = ModelFile(build.find_model(settings, build.HuggingFace))

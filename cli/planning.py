@@ -155,9 +155,13 @@ def table(question: Question, found: Plan) -> list[str]:
             f"{share.name:<16} {layers:<20} {share.n_gpu_layers:>6} {_mib(share.weight_bytes):>10} "
             f"{_mib(share.cache_bytes):>10} {share.busy_seconds * 1000:>8.2f} {share.link_seconds * 1000:>8.2f}"
         )
-    token, full = found.token_seconds, found.throughput_seconds
+    token, lone, full = found.token_seconds, found.lone_seconds, found.throughput_seconds
     lines.append("")
-    lines.append(f"{found.n_rounds} round(s) a token; expected {token * 1000:.1f} ms a token, {1 / token:.1f} a second")
+    lines.append(f"{found.n_rounds} round(s) a token; expected {lone * 1000:.1f} ms a token, {1 / lone:.1f} a second")
+    if lone < token:
+        lines.append(
+            f"  with {wish.guessed:.0%} of the tokens guessed by nodes that would wait; {token * 1000:.1f} ms without"
+        )
     if wish.n_in_flight:
         shared = f", {found.n_rows} to a step" if found.n_rows > 1 else ""
         lines.append(f"with {wish.n_in_flight} samples{shared}: {1 / full:.1f} tokens a second together")

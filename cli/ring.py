@@ -14,6 +14,7 @@ from ..cluster.formation import HEAD, Assignment, Placement
 from ..cluster.home import Home, Seen
 from ..cluster.member import Member
 from ..cluster.placing import (
+    GUESSED,
     HEAD_NAME,
     Wish,
     model_costs,
@@ -132,7 +133,8 @@ def wish_of(n_sequences: int, settings: Settings) -> Wish:
     """What a ring for so many sequences at once is to be good at."""
     wish = Wish.of(n_sequences, settings.disk, settings.rounds)
     objective = cast(Objective | None, settings.objective)
-    return replace(wish, objective=objective) if objective else wish
+    guessed = GUESSED if settings.guess and n_sequences == 1 else 0.0
+    return replace(wish, objective=objective or wish.objective, guessed=guessed)
 
 
 def measure_machines(file: ModelFile, home: Home, nodes: list[Seen], config: Config) -> tuple[list[Device], Links]:

@@ -185,6 +185,16 @@ def prompt_seconds(total: Any, slowest: Any, n_batches: int, n_rounds: int) -> A
     return np.maximum(few, many)
 
 
+def guessed_seconds(total: Any, slowest: Any, share: float) -> Any:
+    """Of a token of a lone answer whose ring guesses what comes next, one token ahead: `total` seconds around the ring,
+    `slowest` on the slowest machine or link, a `share` of tokens guessed right.
+
+    After a right guess a token takes half a round, or the slowest machine's part; after a wrong one a round, or twice
+    the slowest machine's part, which is busy with that still. Where this is more than a round nothing is guessed.
+    """
+    return np.minimum(total, (2 - share) * np.maximum(slowest, total / 2))
+
+
 def row_choices(n_samples: int) -> list[int]:
     """Rows of a step where samples are spread over one batch, two, four and so on; most rows first."""
     return sorted({-(-n_samples // n) for n in N_BATCHES}, reverse=True)

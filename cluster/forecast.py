@@ -60,6 +60,8 @@ class Forecast:
     """Seconds, and shares in the order of the ring."""
 
     token_seconds: float
+    slowest_seconds: float
+    """Of a token of one sequence on the slowest machine or link."""
     throughput_seconds: float
     n_rows: int
     """Samples that share a step."""
@@ -117,20 +119,24 @@ def forecast(
     # Each device computes and reads within the token, and waits for what cannot be ahead (costs.py).
     token = max(sum(s.busy_seconds + w + s.link_seconds for s, w in zip(shares, waits, strict=True)), max(each))
 
+    def slowest(n_rows: int, busy: list[float]) -> float:
+        n_bytes = costs.n_embd * costs.value_bytes * n_rows
+        uses = [n_rounds * links.transfer_seconds(one, other, n_bytes) for one, other in hops]
+        return max(*uses, *(b + share.reload_seconds for b, share in zip(busy, shares, strict=True)))
+
     def between(n_rows: int) -> float:
         n_bytes = costs.n_embd * costs.value_bytes * n_rows
         busy = [held.seconds(rates(held.device.name, Step(n_rows))) for held in parts]
-        uses = [n_rounds * links.transfer_seconds(one, other, n_bytes) for one, other in hops]
-        slowest = max(*uses, *(b + share.reload_seconds for b, share in zip(busy, shares, strict=True)))
         if n_samples is None:
-            return slowest
+            return slowest(n_rows, busy)
         total = sum(busy) + sum(waits) + n_rounds * sum(links.seconds(one, other, n_bytes) for one, other in hops)
-        return max(-(-n_samples // n_rows) * slowest, total) / n_samples
+        return max(-(-n_samples // n_rows) * slowest(n_rows, busy), total) / n_samples
 
     choices = row_choices(n_samples or 1)
     seconds = [between(n_rows) for n_rows in choices]
     best = seconds.index(min(seconds))
-    return Forecast(token, seconds[best], choices[best], tuple(shares))
+    alone = slowest(1, [share.busy_seconds for share in shares])
+    return Forecast(token, alone, seconds[best], choices[best], tuple(shares))
 
 
 def _held(device: Device, windows: Sequence[Window], is_head: bool, is_output_on_gpu: bool) -> _Held:

@@ -18,6 +18,9 @@ from .plan import N_PROMPT, ROUNDS, Objective, Plan, plan
 T = TypeVar("T")
 HEAD_NAME = "head"
 """The head's name among devices."""
+GUESSED = 0.3
+"""Share of the tokens of a lone answer that are taken to be guessed right: less than was measured for solutions of
+problems, for another text may repeat itself less."""
 N_READ = 1024
 """Tokens of context that a typical step reads."""
 
@@ -32,6 +35,8 @@ class Wish:
     rounds: int = 0
     """0 leaves the choice to the plan."""
     n_batch: int = 64
+    guessed: float = 0.0
+    """Share of a lone answer's tokens that the ring is expected to guess right."""
 
     @classmethod
     def of(cls, n_sequences: int, is_disk_allowed: bool = False, rounds: int = 0, n_batch: int = 64) -> "Wish":
@@ -51,13 +56,14 @@ class Wish:
             self.is_disk_allowed,
             self.rounds or ROUNDS,
             self.n_batch,
+            self.guessed,
         )
 
     def seconds(self, found: Plan) -> float:
         """Of what is wished for: a token, a token of all samples together, or a prompt of `N_PROMPT` tokens."""
         if self.objective == "prefill":
             return found.prefill_seconds(N_PROMPT)
-        return found.throughput_seconds if self.objective == "throughput" else found.token_seconds
+        return found.throughput_seconds if self.objective == "throughput" else found.lone_seconds
 
 
 def model_costs(
@@ -150,7 +156,7 @@ def types_of(file: ModelFile) -> list[str]:
 
 def placement_of(found: Plan, wish: Wish) -> Placement:
     """The plan as a ring is formed by it."""
-    token_seconds = found.throughput_seconds if wish.n_in_flight else found.token_seconds
+    token_seconds = found.throughput_seconds if wish.n_in_flight else found.lone_seconds
     is_output_on_gpu = found.per_device[-1].is_output_on_gpu
     windows = []
     for i, window in enumerate(found.windows):

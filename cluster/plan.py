@@ -9,7 +9,8 @@ where they are all that is given), and taken only where reading ahead pays. A pr
 wait less for its first piece and after its last. A device of the ring has a window in each round.
 
 The objectives, lower is better:
-- latency: seconds of a token of one sequence, busy + reload + hops;
+- latency: seconds of a token of one sequence, busy + reload + hops; of a ring that guesses what comes next, by the
+  share of tokens that is expected to be right (`costs.guessed_seconds`);
 - throughput: seconds between tokens of a ring kept full, max over devices of busy + reload and over links of
   transfer; then latency. Where `n_in_flight` samples are given, they are spread over batches that follow each other:
   each number of rows that a batch may have is searched, by the longer of the sum and that maximum times the batches;
@@ -30,6 +31,7 @@ from .costs import (
     ModelCosts,
     RatesOf,
     Step,
+    guessed_seconds,
     has_gpu,
     known_rates,
     least_seconds,
@@ -60,7 +62,9 @@ class Plan:
     windows: tuple[Window, ...]
     n_rounds: int
     token_seconds: float
-    """Of one sequence alone, with as many cells of the cache read as the model's costs say."""
+    """Of one sequence alone, with as many cells of the cache read as the model's costs say, every token waited for."""
+    lone_seconds: float
+    """The same where some tokens are guessed; without a share of them, with several rounds or the disk no other."""
     throughput_seconds: float
     """Between tokens, all sequences together: of those that were given, or of a ring kept full."""
     per_device: tuple[Share, ...]
@@ -103,6 +107,7 @@ class _Task:
     n_in_flight: int | None
     is_disk_allowed: bool
     n_batch: int
+    guessed: float = 0.0
     n_rounds: int = 1
     n_rows: int = 1
     most: float = np.inf
@@ -115,10 +120,15 @@ class _Task:
         """What is weighed."""
         return Step(n_prompt=self.n_batch) if self.objective == "prefill" else Step(self.n_rows)
 
+    @property
+    def share(self) -> float:
+        """Of tokens that are guessed right: none where a machine's windows wait for each other, or for a disk."""
+        return 0.0 if self.n_rounds > 1 or self.is_disk_allowed else self.guessed
+
     def value(self, total: float, limit: Any) -> Any:
         """What is to be least, of the sum of a ring's steps and hops and the slowest of them, or of each of many."""
         if self.objective == "latency":
-            return np.maximum(total, limit)
+            return np.maximum(limit, guessed_seconds(total, limit, self.share))
         if self.objective == "prefill":
             return prompt_seconds(total, limit, -(-N_PROMPT // self.n_batch), self.n_rounds)
         n = self.n_in_flight
@@ -152,18 +162,19 @@ def plan(
     is_disk_allowed: bool = False,
     rounds: int | Sequence[int] = ROUNDS,
     n_batch: int = 512,
+    guessed: float = 0.0,
 ) -> Plan:
     """The best ring over some of `devices`, the head first. Raises PlanImpossible.
 
     `n_in_flight` samples make the throughput; None is as many as keep the ring full, with a step for each. `rounds` are
-    the numbers of rounds to choose from.
+    the numbers of rounds to choose from. `guessed` is the share of a lone answer's tokens that are guessed right.
     """
     assert devices, "there is a head"
     assert len({device.name for device in devices}) == len(devices), "names tell devices apart"
     links = links or Links()
     devices = _ordered(devices, links, costs.n_embd * costs.value_bytes * (n_batch if objective == "prefill" else 1))
     rates, rooms = known_rates(costs, devices), cache(lambda i: room(costs, devices[i], i == 0, is_disk_allowed))
-    task = _Task(costs, devices, links, rates, rooms, objective, n_in_flight, is_disk_allowed, n_batch)
+    task = _Task(costs, devices, links, rates, rooms, objective, n_in_flight, is_disk_allowed, n_batch, guessed)
     is_prompt = objective == "prefill"
     best: Plan | None = None
     for n_rounds in [rounds] if isinstance(rounds, int) else rounds:
@@ -187,7 +198,7 @@ def plan(
 
 def _value(task: _Task, found: Plan) -> float:
     if task.objective == "latency":
-        return found.token_seconds
+        return found.lone_seconds
     if task.objective == "throughput":
         return found.throughput_seconds
     return found.prefill_seconds(N_PROMPT)
@@ -217,7 +228,7 @@ def _find(task: _Task, tables: Sequence[Exact] | Sequence[Uniform], is_alike: bo
         parts = [table.within(limit) for table in tables]
         return Route(task.costs.n_layers, parts, np.where(uses <= limit, seconds, np.inf), ways)
 
-    if task.objective == "latency" and task.n_rounds == 1:  # the sum is never below its parts
+    if task.objective == "latency" and task.n_rounds == 1 and not task.share:  # the sum is never below its parts
         route = find(np.inf)
         return (np.inf, route) if np.isfinite(route.total) else None
     limits = np.concatenate([uses.ravel(), *(table.bound.ravel() for table in tables)])
@@ -315,7 +326,8 @@ def _predict(task: _Task, windows: list[Window], is_output_there: bool) -> Plan 
     if found is None:
         return None
     token, between = found.token_seconds, found.throughput_seconds
-    return Plan(tuple(windows), task.n_rounds, token, between, found.shares, task.n_batch, found.n_rows)
+    lone = float(guessed_seconds(token, found.slowest_seconds, task.share))
+    return Plan(tuple(windows), task.n_rounds, token, lone, between, found.shares, task.n_batch, found.n_rows)
 
 
 def _impossible(task: _Task, rounds: Sequence[int]) -> PlanImpossible:

@@ -69,11 +69,26 @@ def test_what_would_change_is_told_of_what_was_asked_for(run, tmp_path, flags, w
     found = json.loads(run(*command, "--json")[0])
     changes = {row["change"]: row for row in found["variations"]}
     alone = changes["without machine1"]
-    # Two machines alike with a quick link: one answer gains nothing by the second, many samples and prompts do.
+    # Two machines alike with a quick link: one answer gains only by guesses, many samples and prompts by half.
     assert (alone["seconds"] > 1.3 * found["seconds"]) == bool(flags)
     assert alone["token_seconds"] <= found["token_seconds"] * 1.01
     halved, doubled = changes["half the context"], changes["double the context"]
     assert halved["memory_bytes"] < doubled["memory_bytes"]
+
+
+def test_one_answer_is_planned_for_with_guesses_unless_they_are_off(run, tmp_path):
+    model = write_model(tmp_path / "tiny.gguf", n_layers=6)
+    command = ["cluster", "plan", model, "--devices", described(tmp_path, 8, 8, speed=1e6)]
+    guessed, plain = (json.loads(run(*command, "--json", *flags)[0]) for flags in ([], ["--no-guess"]))
+    assert [len(found["per_device"]) for found in (guessed, plain)] == [2, 1]
+    assert 0.84 < guessed["seconds"] / plain["seconds"] < 1
+    assert plain["seconds"] == plain["lone_seconds"] == plain["token_seconds"]
+    text = run(*command)[0]
+    assert f"expected {1000 * guessed['seconds']:.1f} ms a token" in text
+    assert f"with 30% of the tokens guessed by nodes that would wait; {1000 * guessed['token_seconds']:.1f} ms" in text
+    assert "guessed" not in run(*command, "--no-guess")[0]
+    samples = json.loads(run(*command, "--json", "--in-flight", "2", "--objective", "latency")[0])
+    assert samples["lone_seconds"] == samples["token_seconds"], "nobody waits"
 
 
 def test_what_layers_are_shared_out_for_can_be_set(run, tmp_path, monkeypatch):

@@ -46,6 +46,44 @@ def test_a_plan_is_as_good_as_the_best_of_all_rings(objective, n, n_rounds):
     assert n_possible > 30
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_plan_for_a_ring_that_guesses_is_the_best_of_all(share):
+    def value(pair):
+        total, slowest = pair
+        # As long as what is guessed is right tokens come in pairs, or as fast as the slowest machine lets them.
+        right, wrong = max(slowest, total / 2), max(total, 2 * slowest)
+        return min(total, share * right + (1 - share) * wrong)
+
+    n_shared = 0
+    for seed in range(240):
+        model, devices, links, _ = random_case(seed)
+        links = Links({pair: (latency / 10, width) for pair, (latency, width) in links.pairs.items()}, (0.02, 30.0))
+        wanted = best(everything(model, devices, links, False), value)
+        try:
+            found = plan(model, devices, links, rounds=1, guessed=share)
+        except PlanImpossible:
+            assert wanted is None, seed
+            continue
+        assert found.lone_seconds == pytest.approx(value(wanted), rel=1e-6), seed
+        assert found.lone_seconds <= found.token_seconds, seed
+        plain = plan(model, devices, links, rounds=1)
+        assert plain.lone_seconds == plain.token_seconds <= found.token_seconds * (1 + 1e-9), seed
+        n_shared += len(found.per_device) > len(plain.per_device)
+    assert n_shared > 10 or share < 0.5, n_shared
+
+
+def test_two_machines_alike_share_a_model_that_fits_on_one_where_tokens_are_guessed():
+    model, devices = costs((10,) * 8, cache=0, output=0), [device(), device("other")]
+    links = Links(default=(0.01, 1e9))
+    assert len(plan(model, devices, links).per_device) == 1
+    found = plan(model, devices, links, guessed=0.3)
+    assert [share.n_layers for share in found.per_device] == [4, 4]
+    assert found.lone_seconds == pytest.approx(0.85 * found.token_seconds)
+    assert len(plan(model, devices, links, guessed=0.3, is_disk_allowed=True).per_device) == 1
+    far = Links(default=(2.0, 1e9))
+    assert len(plan(model, devices, far, guessed=0.3).per_device) == 1
+
+
 def test_samples_that_share_steps_gain_little_by_a_second_machine():
     model, devices = costs(cache=0), [device(prefill=1e6), device("other", prefill=1e6)]
     for n in (4, 16):
