@@ -115,8 +115,9 @@ def _measure(settings: config.Config, wiring: build.Wiring, sizes: "Sizes") -> d
 
 
 def _open(path: Path, options: "EngineOptions", settings: config.Config, wiring: build.Wiring) -> Any:
-    """The model on the home's machines."""
-    return wiring.open_model(path, options, settings)
+    """The model on the home's machines. Nothing is guessed: a text without end repeats itself more than answers do."""
+    plain = replace(settings, settings=replace(settings.settings, guess=False))
+    return wiring.open_model(path, options, plain)
 
 
 def _options(settings: config.Config, sizes: "Sizes") -> "EngineOptions":
