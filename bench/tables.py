@@ -70,6 +70,18 @@ def ring_rows(record):
     yield f"{start['second']:.1f} s, {sent['second']} bytes."
 
 
+def guess_rows(record):
+    yield "| what | ratio (quartiles) |"
+    yield "| --- | --- |"
+    for name, row in record["ratios"].items():
+        yield f"| {name} | {spread(row)} |"
+    yield ""
+    for name, found in record["guesses"].items():
+        if found["guessed"]:
+            yield f"Of {found['tokens']} tokens the {name} had {found['guessed']} guessed and {found['right']} right."
+    yield f"Replies of the rings are the same: {'yes' if record['same_tokens'] else 'NO'}."
+
+
 def copies_rows(record):
     yield "| model | GPUs | link, ms | samples | median | most | more than 1.05 times |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
@@ -202,6 +214,10 @@ def main():
         if name.startswith("ring-"):
             lines += [f"## The ring: {record['model']}, {record['split']} layers", ""]
             lines += [f"`{record['command']}`", "", *ring_rows(record), ""]
+    for name, record in records.items():
+        if name.startswith("guesses-"):
+            lines += [f"## A ring that guesses: {record['model']}, {record['split']} layers", ""]
+            lines += [f"`{record['command']}`", "", *guess_rows(record), ""]
     for name, record in records.items():
         if name == "copies":
             lines += ["## Whole copies on several machines: how many times as fast as the ring, as planned", ""]

@@ -1,10 +1,11 @@
 """`RingEngine`: a model on several machines as an `Engine`.
 
 The head embeds tokens, sends activations around and has the last window, so neither token ids nor logits leave it.
-`submit` sends a batch off and `collect` waits for the oldest one: with several on their way every node has work. A node
-that is lost is noticed by its silence, by its stream or by the wait; the windows are placed again without it, the
-tokens so far are evaluated in the new caches (`journal.py`), and what was on its way is sent again. Whoever decodes
-sees a pause and nothing else.
+`submit` sends a batch off and `collect` waits for the oldest one: with several on their way every node has work, and
+behind a lone answer's last token go guesses (`guess.py`). A node that is lost is noticed by its silence, by its stream
+or by the wait; the windows are placed again without it (`assembly.py`), the tokens so far are evaluated in the new
+caches (`journal.py`), and what was on its way is sent again. Whoever decodes sees a pause and nothing else, and of
+guesses nothing at all.
 """
 
 import contextlib
