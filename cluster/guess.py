@@ -24,6 +24,8 @@ _MOST_ENTRIES = 1 << 15
 _N_TIMES = 16
 """Of which the median counts: a machine in a home is busy with something else now and then."""
 _FEWEST_TIMES = 3
+_MOST_AHEAD = 4
+"""Each one further is less likely to be right, and nodes compute for it and let few steps wait."""
 _RETRY = 16
 """Of so many guesses that are not worth it one is sent all the same, which measures the slowest node anew."""
 
@@ -82,7 +84,7 @@ class Pace:
         With n steps under way a token takes an n-th of a round, but never less than the slowest machine does. Wrong
         guesses keep that one from the right token where it needs longer for them than the others for the round's rest.
         """
-        if min(len(self.round), len(self.own)) < _FEWEST_TIMES:
+        if min(len(self.round), len(self.own)) < _FEWEST_TIMES or n_ahead == _MOST_AHEAD:
             return False
         if len(self.widest) < _FEWEST_TIMES:
             return n_ahead == 0
@@ -111,7 +113,7 @@ class Guesses:
 
     def tell(self) -> str:
         """How many were right, to stand behind the seconds of a token; nothing where none was made."""
-        return f"; {self.n_right} of {self.n_made} guessed tokens were right" if self.n_made else ""
+        return f"; {self.n_right} tokens guessed right, {self.n_made} guesses sent" if self.n_made else ""
 
     def forget(self) -> None:
         """The ring is another one: nothing is on its way, and its pace is not known."""

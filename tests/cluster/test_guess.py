@@ -18,6 +18,7 @@ from localreason.runtime.sequence import Sequence
 from tests.cluster.processes import NodeProcess
 from tests.cluster.test_ring import ring_of, whole
 from tests.cluster.test_window import PROMPT, script
+from tests.gguf_models import write_model
 
 
 def test_a_guess_is_what_followed_the_longest_run_of_tokens_when_it_was_met_last():
@@ -63,8 +64,8 @@ def pace(whole, widest, own):
         ((4.0, 3.0, 1.0), 0.67, 0, True),
         ((4.0, 1.0, 3.0), 0.01, 0, True),  # the head is the slow one: only nodes do more
         ((4.0, 4.0, 0.1), 0.99, 0, False),
-        ((9.0, 1.0, 1.0), 0.2, 7, True),  # a long way between fast machines
-        ((9.0, 1.0, 1.0), 0.99, 8, False),
+        ((90.0, 1.0, 1.0), 0.2, 3, True),  # a long way between fast machines
+        ((90.0, 1.0, 1.0), 0.99, 4, False),  # which are not to be flooded
     ],
 )
 def test_a_guess_is_worth_what_it_is_expected_to_save(seconds, odds, n_ahead, is_worth):
@@ -233,6 +234,16 @@ def test_a_node_that_is_lost_with_guesses_under_way_costs_no_token(model, head, 
 def test_nothing_is_guessed_where_no_node_would_wait(model, head, nodes, folder, eager, windows):
     tokenizer = load(model, EngineOptions(512, 1, 1))[1]
     with ring_of(model, head, nodes, folder, lambda _: Placement(windows)) as ring:
+        assert len(answer(ring, tokenizer, 20)[0]) == 20
+        assert ring._guesses.n_made == 0
+
+
+def test_nothing_is_guessed_of_a_model_with_a_sliding_window(head, nodes, folder, tmp_path, eager):
+    path = write_model(tmp_path / "gemma.gguf", "gemma3", 3, 14)
+    tokenizer = load(path, EngineOptions(512, 1, 1))[1]
+    halves = Placement((Assignment("attic", 0, 7), Assignment(HEAD, 7, 14)))
+    with ring_of(path, head, nodes[:1], folder, lambda _: halves) as ring:
+        assert not ring.can_rewind
         assert len(answer(ring, tokenizer, 20)[0]) == 20
         assert ring._guesses.n_made == 0
 
