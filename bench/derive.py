@@ -108,8 +108,12 @@ class Blank:
         return np.zeros((self.n_rows, 1), np.float32)
 
     def discard(self) -> None: ...
-    def fork(self, source: int, target: int, n_tokens: int) -> None: ...
-    def rewind(self, sequence_id: int, n_tokens: int) -> None: ...
+    def fork(self, source: int, target: int, n_tokens: int) -> int:
+        return n_tokens
+
+    def rewind(self, sequence_id: int, n_tokens: int) -> int:
+        return n_tokens
+
     def close(self) -> None: ...
 
 

@@ -43,8 +43,6 @@ _MOST_ASLEEP = 3
 class RingEngine:
     """An `Engine` over windows; a context manager. `tell` gets a sentence whenever the ring changes."""
 
-    can_rewind = True
-
     def __init__(
         self,
         file: ModelFile,
@@ -68,6 +66,9 @@ class RingEngine:
         self.n_context_sequence = min(self.n_context, file.n_context_train)
         self.n_sequences = options.n_sequences
         self.n_batch = options.n_batch
+        # What a sliding window has left behind may be gone from the caches (`Cache.holds`), and steps that are under
+        # way decide which, so nobody can be asked.
+        self.can_rewind = not file.has_sliding_window
         self.timing = Timing()
         self._journal = Journal(options.n_sequences)
         self._guesses = Guesses()
@@ -222,7 +223,7 @@ class RingEngine:
         asked, placement = self._asked, self._ring.placement
         is_idle = 1 < len(placement.windows) == len(self._ring.members) + 1 and not placement.is_disk_used
         is_one = len(asked) == 1 and len(asked[0].batch) == asked[0].batch[0].n_logits == 1
-        return asked[0] if self._options.is_guessing and is_idle and is_one else None
+        return asked[0] if self._options.is_guessing and self.can_rewind and is_idle and is_one else None
 
     def _guess(self) -> None:
         """Send what may come behind the last token of a lone answer."""
@@ -251,7 +252,8 @@ class RingEngine:
 
     def discard(self) -> None:
         """Forget the rows that are under way; they still pass through, for the caches' sake."""
-        self._take_back()
+        with self._whole():
+            self._take_back()
         self._journal.discard()
 
     def decode(self, batch: Batch) -> Logits:
@@ -339,16 +341,18 @@ class RingEngine:
         step = wire.Step(number=number, hop=hop, operations=flight.operations, spans=spans, rows=rows)
         self._background.call(ring.send, step)
 
-    def fork(self, source: int, target: int, n_tokens: int) -> None:
+    def fork(self, source: int, target: int, n_tokens: int) -> int:
         """Let an empty sequence share the first tokens of another, in every window before the next batch."""
         self._journal.front.check_fork(source, target, n_tokens)
         if n_tokens:
             self._remember(Memory(source, n_tokens, target))
+        return n_tokens
 
-    def rewind(self, sequence_id: int, n_tokens: int) -> None:
+    def rewind(self, sequence_id: int, n_tokens: int) -> int:
         """Forget all but the first tokens of a sequence, in every window before the next batch."""
         if n_tokens < self._journal.front.check_rewind(sequence_id, n_tokens):
             self._remember(Memory(sequence_id, n_tokens))
+        return n_tokens
 
     def _remember(self, operation: Memory) -> None:
         with self._whole():

@@ -239,6 +239,11 @@ class ModelFile:
         period = self._number("attention.sliding_window_pattern", rule.pattern)
         return [period == 0 or i % period < period - 1 for i in range(self.n_layers)]
 
+    @property
+    def has_sliding_window(self) -> bool:
+        """True where some layers look at a sliding window of the context only."""
+        return any(self._sliding)
+
     def is_window(self, first: int, end: int) -> bool:
         """True where layers [first, end) can be cut out. llama.cpp ends the process on sliding layers only, since
         one of its two caches would be empty."""

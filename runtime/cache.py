@@ -54,6 +54,7 @@ class Cache:
             self.close()
             raise ModelUnsupported(f"{model.path} has no cache and cannot write token by token; take another file")
         self._is_recurrent = model.is_recurrent
+        self._n_window: int = lib.llama_model_n_swa(model.pointer)
         self._n_vocab = model.n_vocab
         self._n_embd = model.n_embd
         self.n_context: int = lib.llama_n_ctx(self._pointer)
@@ -225,6 +226,14 @@ class Cache:
             raise DecodeFailed(f"there is no sequence {sequence}; the cache has 0 to {len(self.lengths) - 1}")
         return self.lengths[sequence]
 
+    def holds(self, sequence: int, n_tokens: int) -> bool:
+        """Whether a sequence could go on behind its first `n_tokens`. llama.cpp gives cells to other tokens that a
+        sliding window has left behind, though they would be in sight again after a rewind."""
+        if not self._n_window or not self._pointer or not 0 < n_tokens < self.length(sequence):
+            return True
+        least = self._lib.llama_memory_seq_pos_min(self._memory, sequence)
+        return least <= max(0, n_tokens - self._n_window)
+
     def remove(self, sequence: int, n_kept: int) -> None:
         """Forget all but the first `n_kept` tokens of a sequence."""
         held = self.length(sequence)
@@ -235,7 +244,9 @@ class Cache:
                 f"a recurrent model cannot keep {n_kept} of {held} tokens; drop the sequence, evaluate again"
             )
         if self.pointer and (n_kept < held or not n_kept):
-            if not self._lib.llama_memory_seq_rm(self._memory, sequence, n_kept or -1, -1):
+            if not self.holds(sequence, n_kept) or not self._lib.llama_memory_seq_rm(
+                self._memory, sequence, n_kept or -1, -1
+            ):
                 raise DecodeFailed(
                     f"the model cannot keep {n_kept} of {held} tokens; drop the sequence, evaluate again"
                 )
@@ -252,6 +263,8 @@ class Cache:
         is_whole = n_tokens == held
         if self._is_recurrent and not is_whole:
             raise DecodeFailed(f"a recurrent model cannot share {n_tokens} of {held} tokens; share all")
+        if not self.holds(source, n_tokens):
+            raise DecodeFailed(f"of {held} tokens the first {n_tokens} are not all there any more; evaluate them again")
         if self.pointer and n_tokens:
             first, end = (-1, -1) if is_whole else (0, n_tokens)
             self._lib.llama_memory_seq_cp(self._memory, source, target, first, end)

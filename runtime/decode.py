@@ -230,11 +230,11 @@ class _Loop:
                 (action.sequence or sequence).cancel(action.reason)
 
     def _forget(self, sequence: Sequence, n_kept: int) -> None:
-        """Have the engine forget all after `n_kept` tokens, or everything where it cannot forget a part."""
+        """Have the engine forget all after `n_kept` tokens, or everything where it cannot keep them."""
         if n_kept < sequence.n_evaluated:
             sequence.n_evaluated = n_kept if self.engine.can_rewind else 0
             if sequence.slot >= 0:
-                self.engine.rewind(sequence.slot, sequence.n_evaluated)
+                sequence.n_evaluated = self.engine.rewind(sequence.slot, sequence.n_evaluated)
 
     def _rewrite(self, row: Resident, action: Rewrite) -> Iterator[Event]:
         sequence, start = row.sequence, action.position
@@ -266,8 +266,8 @@ class _Loop:
             yield from self._act(row, control, control.read(parent, Reading((), (), False)))
             return
         side = Sequence([*parent.tokens, *action.tokens], id=parent.id, sample=parent.sample)
-        side.slot, side.n_evaluated = slot, parent.n_evaluated
-        self.engine.fork(parent.slot, slot, parent.n_evaluated)
+        side.slot = slot
+        side.n_evaluated = self.engine.fork(parent.slot, slot, parent.n_evaluated)
         parent.counts.probe += len(action.tokens)
         self.schedule.rows.append(Resident(side, row.request, action, control))
 

@@ -64,7 +64,7 @@ class Engine(Protocol):
     n_sequences: int
     n_batch: int
     can_rewind: bool
-    """False for recurrent models: they can only forget a whole sequence."""
+    """False where only a whole sequence can be forgotten, as with recurrent models."""
 
     @property
     def n_in_flight(self) -> int:
@@ -92,13 +92,14 @@ class Engine(Protocol):
         """Forget the rows of all batches that were submitted and not collected."""
         ...
 
-    def fork(self, source: int, target: int, n_tokens: int) -> None:
+    def fork(self, source: int, target: int, n_tokens: int) -> int:
         """Let the empty sequence `target` share the first `n_tokens` of `source`, which must be all that
-        `source` holds where `can_rewind` is false."""
+        `source` holds where `can_rewind` is false; how many it holds then, which is none where they are not all there
+        any more."""
         ...
 
-    def rewind(self, sequence_id: int, n_tokens: int) -> None:
-        """Forget all but the first `n_tokens` of a sequence; 0 drops it."""
+    def rewind(self, sequence_id: int, n_tokens: int) -> int:
+        """Forget all but the first `n_tokens` of a sequence; 0 drops it. How many it holds then, as with `fork`."""
         ...
 
     def close(self) -> None:

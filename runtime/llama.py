@@ -178,11 +178,16 @@ class LlamaEngine:
     def discard(self) -> None:
         """There is nothing that could come back later."""
 
-    def fork(self, source: int, target: int, n_tokens: int) -> None:
+    def fork(self, source: int, target: int, n_tokens: int) -> int:
+        if not self._cache.holds(source, n_tokens):
+            return 0
         self._cache.copy(source, target, n_tokens)
+        return n_tokens
 
-    def rewind(self, sequence_id: int, n_tokens: int) -> None:
-        self._cache.remove(sequence_id, n_tokens)
+    def rewind(self, sequence_id: int, n_tokens: int) -> int:
+        n_kept = n_tokens if self._cache.holds(sequence_id, n_tokens) else 0
+        self._cache.remove(sequence_id, n_kept)
+        return n_kept
 
     @cached_property
     def _fingerprint(self) -> bytes:

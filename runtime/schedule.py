@@ -110,9 +110,8 @@ class Schedule:
         assert slot is not None, "admit looks for a slot first"
         sequence.slot = slot
         if donor in self._kept:  # not where its own slot had to be taken
-            self.engine.fork(donor, slot, n_shared)
-            sequence.n_evaluated = n_shared
-            sequence.n_reused = min(n_shared, sequence.n_prompt)
+            sequence.n_evaluated = self.engine.fork(donor, slot, n_shared)
+            sequence.n_reused = min(sequence.n_evaluated, sequence.n_prompt)
         self._follow(row)
         self.rows.append(row)
 
@@ -147,9 +146,8 @@ class Schedule:
         row.leader = None
         if leader in self.rows and (self.engine.can_rewind or leader.sequence.n_evaluated == row.n_shared):
             self.engine.rewind(row.sequence.slot, 0)
-            self.engine.fork(leader.sequence.slot, row.sequence.slot, row.n_shared)
-            row.sequence.n_evaluated = row.n_shared
-            row.sequence.n_reused = min(row.n_shared, row.sequence.n_prompt)
+            row.sequence.n_evaluated = self.engine.fork(leader.sequence.slot, row.sequence.slot, row.n_shared)
+            row.sequence.n_reused = min(row.sequence.n_evaluated, row.sequence.n_prompt)
         return True
 
     def leave(self, row: Resident) -> None:
@@ -165,8 +163,10 @@ class Schedule:
             # Thinking is not sent back, so behind it nothing of the reply will be met again at its place.
             has_reply = row.request.is_continued and not sequence.n_blocks
             n_kept = sequence.n_evaluated if has_reply else sequence.n_prompt
-            self.engine.rewind(slot, n_kept)
-            self._keep(slot, sequence.tokens[:n_kept])
+            if self.engine.rewind(slot, n_kept) == n_kept:
+                self._keep(slot, sequence.tokens[:n_kept])
+            else:
+                self._free.append(slot)
         else:
             self._free_slot(slot)
         sequence.n_evaluated = 0

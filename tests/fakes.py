@@ -125,7 +125,7 @@ class ScriptedEngine:
             row[token] = value
         return row
 
-    def fork(self, source: int, target: int, n_tokens: int) -> None:
+    def fork(self, source: int, target: int, n_tokens: int) -> int:
         assert source != target
         assert not self.held[target]
         assert n_tokens <= len(self.held[source])
@@ -133,13 +133,15 @@ class ScriptedEngine:
         self.held[target] = self.held[source][:n_tokens]
         self.shared[target] = n_tokens
         self.calls.append(("fork", source, target, n_tokens))
+        return n_tokens
 
-    def rewind(self, sequence_id: int, n_tokens: int) -> None:
+    def rewind(self, sequence_id: int, n_tokens: int) -> int:
         assert n_tokens <= len(self.held[sequence_id])
         assert self.can_rewind or n_tokens in (0, len(self.held[sequence_id]))
         del self.held[sequence_id][n_tokens:]
         self.shared[sequence_id] = min(self.shared[sequence_id], n_tokens)
         self.calls.append(("rewind", sequence_id, n_tokens))
+        return n_tokens
 
     def close(self) -> None:
         pass

@@ -478,3 +478,31 @@ def test_ctrl_c_while_llama_cpp_calls_back_ends_the_loading(tmp_path, monkeypatc
     monkeypatch.undo()
     with load(path, EngineOptions(256, 1, 1))[0] as engine:
         assert engine.decode([Span(0, 0, [1], 1)]).shape == (1, engine.n_vocab)
+
+
+def test_what_a_sliding_window_has_left_behind_is_not_taken_to_be_there_still(tmp_path):
+    text = [40 + 7 * i % 31 for i in range(230)]
+    for name, is_whole in (("gemma3", False), ("qwen2", True)):
+        path = write_model(tmp_path / f"{name}.gguf", name, 3, 13)
+        with load(path, EngineOptions(256, 3, 1, n_batch=64))[0] as engine:
+
+            def write(sequence, first, end, engine=engine):
+                for start in range(first, end, 20):
+                    part = text[start : min(start + 20, end)]
+                    row = np.array(engine.decode([Span(sequence, start, part)]))
+                return row
+
+            write(0, 0, 60)
+            write(1, 0, 100)
+            engine.rewind(0, 0)
+            write(1, 100, 210)  # fills what became free, then goes on over cells of its own
+            n_shared = engine.fork(1, 2, 60)
+            assert n_shared == (60 if is_whole else 0)
+            assert engine.rewind(1, 100) == 100, "the window behind it is all there"
+            n_kept = engine.rewind(1, 60)
+            assert n_kept == (60 if is_whole else 0)
+            again = write(1, n_kept, 130)
+            engine.rewind(2, 0)
+            engine.rewind(1, 0)
+            # Kept cells lie elsewhere, which moves last bits; what is evaluated anew has to be the same.
+            assert is_whole or np.array_equal(again, write(1, 0, 130))

@@ -78,11 +78,11 @@ class GatedEngine(ScriptedEngine):
             raise failure
         super().submit(batch)
 
-    def rewind(self, sequence_id: int, n_tokens: int) -> None:
+    def rewind(self, sequence_id: int, n_tokens: int) -> int:
         failure, self.rewind_failure = self.rewind_failure, None
         if failure is not None:
             raise failure
-        super().rewind(sequence_id, n_tokens)
+        return super().rewind(sequence_id, n_tokens)
 
     @property
     def n_evaluated(self) -> int:
