@@ -2,7 +2,8 @@
 
 With one answer in a ring all machines but one wait. They evaluate what may come next instead: where it does come, it is
 that far already; otherwise it is forgotten. A guessed token has a batch of its own, as every token has, so the logits
-are those of a ring that guesses nothing, bit for bit.
+are those of a ring that guesses nothing, bit for bit. Of a model with a sliding window nothing is guessed: a second
+token ahead could take cells that are in sight again when it is forgotten.
 
 A guess is what stood behind the same last tokens before, in the prompt, the answer or an earlier one: prompt lookup
 (Saxena, 2023), with the back-off from more tokens to fewer of STAND's table (2025), of which we take the last token met
