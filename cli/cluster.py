@@ -296,7 +296,7 @@ def plan(
     chosen = settings.settings
     file = ModelFile(build.find_model(settings, build.HuggingFace))
     file.check_cut()
-    wish = ring.wish_of(in_flight, chosen)
+    wish = ring.wish_of(file, in_flight, chosen)
     machines, links = planning.read_devices(devices) if devices else ring.measure_home(file, settings)
     question = planning.Question(file, machines, links, wish, chosen.context or ring.N_CONTEXT, "f16", chosen.row_type)
     question, found = question.settled(chosen.cache_type)

@@ -86,7 +86,7 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
     if named is None:
         devices, links = measure_machines(file, home, nodes, config)
         nodes = [node for node in nodes if node.name in {device.name for device in devices}]
-        wish = wish_of(options.n_busy, config.settings)
+        wish = wish_of(file, options.n_busy, config.settings)
 
         def find(cache_type: str) -> tuple[Placer, Placement]:
             costs = model_costs(file, n_context, cache_type, config.settings.row_type)
@@ -129,11 +129,11 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
         raise
 
 
-def wish_of(n_sequences: int, settings: Settings) -> Wish:
-    """What a ring for so many sequences at once is to be good at."""
+def wish_of(file: ModelFile, n_sequences: int, settings: Settings) -> Wish:
+    """What a ring of a model for so many sequences at once is to be good at."""
     wish = Wish.of(n_sequences, settings.disk, settings.rounds)
     objective = cast(Objective | None, settings.objective)
-    guessed = GUESSED if settings.guess and n_sequences == 1 else 0.0
+    guessed = GUESSED if settings.guess and n_sequences == 1 and not file.has_sliding_window else 0.0
     return replace(wish, objective=objective or wish.objective, guessed=guessed)
 
 

@@ -130,21 +130,20 @@ class Guesses:
         for span in batch:
             self._lookup.learn(held[span.sequence_id], span.position)
 
-    def claim(self, batch: Batch) -> Flight | None:
-        """The flight with this batch, if it was guessed; it is asked for from now on."""
+    def claim(self, batch: Batch) -> bool:
+        """True where the batch was guessed: it is on its way, and asked for from now on."""
         if not self._flights:
-            return None
+            return False
         flight = self._flights[0]
         guess, asked = flight.batch[0], batch[0]
         if len(batch) > 1 or (guess.sequence_id, guess.position) != (asked.sequence_id, asked.position):
-            return None
+            return False
         is_right = flight.batch == batch
         self._lookup.note(flight.n_known_by, is_right)
-        if not is_right:
-            return None
-        self.n_right += 1
-        flight.purpose = Purpose.ASKED
-        return self._flights.popleft()
+        if is_right:
+            self.n_right += 1
+            self._flights.popleft().purpose = Purpose.ASKED
+        return is_right
 
     def take_back(self) -> Memory | None:
         """Give all up; the operation that has them forgotten, if there are any."""

@@ -69,6 +69,7 @@ class RingEngine:
         # What a sliding window has left behind may be gone from the caches (`Cache.holds`), and steps that are under
         # way decide which, so nobody can be asked.
         self.can_rewind = not file.has_sliding_window
+        self._is_guessing = options.is_guessing and self.can_rewind
         self.timing = Timing()
         self._journal = Journal(options.n_sequences)
         self._guesses = Guesses()
@@ -206,7 +207,8 @@ class RingEngine:
             if not self._asked:
                 self.timing.begin()
             self._journal.add(batch)
-            self._guesses.learn(batch, self._journal.front.tokens)
+            if self._is_guessing:
+                self._guesses.learn(batch, self._journal.front.tokens)
             if not self._guesses.claim(batch):
                 self._take_back()
                 self._issue(batch)
@@ -223,7 +225,7 @@ class RingEngine:
         asked, placement = self._asked, self._ring.placement
         is_idle = 1 < len(placement.windows) == len(self._ring.members) + 1 and not placement.is_disk_used
         is_one = len(asked) == 1 and len(asked[0].batch) == asked[0].batch[0].n_logits == 1
-        return asked[0] if self._options.is_guessing and self.can_rewind and is_idle and is_one else None
+        return asked[0] if self._is_guessing and is_idle and is_one else None
 
     def _guess(self) -> None:
         """Send what may come behind the last token of a lone answer."""

@@ -89,6 +89,8 @@ def test_one_answer_is_planned_for_with_guesses_unless_they_are_off(run, tmp_pat
     assert "guessed" not in run(*command, "--no-guess")[0]
     samples = json.loads(run(*command, "--json", "--in-flight", "2", "--objective", "latency")[0])
     assert samples["lone_seconds"] == samples["token_seconds"], "nobody waits"
+    command[2] = write_model(tmp_path / "sliding.gguf", "gemma3", n_layers=14)
+    assert len(json.loads(run(*command, "--json")[0])["per_device"]) == 1, "a ring of such a model guesses nothing"
 
 
 def test_what_layers_are_shared_out_for_can_be_set(run, tmp_path, monkeypatch):
