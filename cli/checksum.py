@@ -3,10 +3,10 @@
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from ..runtime.errors import ModelNotFound
+from ..runtime.files import replacing
 
 
 def sha256(path: Path) -> str:
@@ -42,11 +42,7 @@ def digest_file(path: Path) -> str:
 
 
 def _remember(entry: Path, value: dict[str, object]) -> None:
-    part = entry.with_suffix(f".{os.getpid()}.part")
-    try:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
         entry.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(value))
-        part.replace(entry)
-    except OSError:  # a cache that cannot be written costs time only
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        with replacing(entry) as part:
+            part.write_text(json.dumps(value))

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..runtime.errors import InputError, OutputError
+from ..runtime.files import replacing
 from . import build, checksum, config, problems
 from .quant_report import drift_lines, paired_lines, tell
 
@@ -297,14 +297,11 @@ def _write(out: Path | None, record: dict[str, Any]) -> None:
     if out is None:
         return
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    part = out.with_name(f".{out.name[:100]}.{os.getpid()}.part")
     try:
         if out.is_symlink() or (out.exists() and not out.is_file()):
             out.write_text(text, "utf-8")  # /dev/stdout, say, whose place nothing may take
         else:
-            part.write_text(text, "utf-8")
-            part.replace(out)
+            with replacing(out) as part:
+                part.write_text(text, "utf-8")
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         raise OutputError(f"{out} cannot be written: {error.strerror}; give another --out") from error

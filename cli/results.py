@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..runtime.errors import OutputError
+from ..runtime.files import replacing
 from .difference import difference
 from .problems import Problem
 from .row import SCHEMA, Row, parse_rows, problem_hash, to_line
@@ -199,15 +200,10 @@ class Results:
 
     def _replace(self, data: bytes) -> None:
         """New content in one step: a cut in between leaves the old file."""
-        path = self.path.resolve()  # a link stays one
-        part = path.with_name(f"{path.name}.part")
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.close(self._file)
+        os.close(self._file)  # Windows replaces no file that is open
         try:
-            part.replace(path)
+            with replacing(self.path.resolve()) as part:  # a link stays one
+                part.write_bytes(data)
         finally:
             self._file = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from ..runtime.devices import GpuMemory, gpu_memory
 from ..runtime.errors import InputError, OutputError
+from ..runtime.files import replacing
 from ..runtime.room import available_bytes
 from . import probe
 from .errors import ProtocolError
@@ -250,10 +250,9 @@ def profile(
         return replace(kept, name=name or kept.name, **_free(gpu, kept.gpu_speed > max(kept.weight_speeds.values())))
     known = [] if kept is None else [kind for kind in kept.weight_speeds if kind not in types]
     device = measure(n_threads, [*types, *known], folder, name, probe_bytes, n_embd)
-    written = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        written.write_text(device.to_json(), "utf-8")
-        written.replace(path)
+        with replacing(path) as part:
+            part.write_text(device.to_json(), "utf-8")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}; choose another folder or free space") from error
     return device

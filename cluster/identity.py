@@ -5,9 +5,7 @@ import datetime
 import hashlib
 import json
 import logging
-import os
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import NameOID
 
+from ..runtime.files import replacing
 from .errors import ClusterError, ProtocolError
 
 MOST_NAME = 64
@@ -205,16 +204,9 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _write(file: Path, data: bytes) -> None:
-    """Write the file whole or not at all, readable for this user only, as mkstemp makes it."""
-    number, name = tempfile.mkstemp(prefix=file.name, suffix=".part", dir=file.parent)
-    try:
-        with os.fdopen(number, "wb") as part:
-            part.write(data)
-            part.flush()
-            os.fsync(part.fileno())
-        Path(name).replace(file)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    """Write the file, readable for this user only."""
+    with replacing(file, 0o600) as part:
+        part.write_bytes(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 
+from ..runtime.files import replacing
 from .wire import ring_pb2 as wire
 from .wire import ring_pb2_grpc as service
 
@@ -53,9 +54,8 @@ class LinkBook:
         rows = [{"from": a, "to": b, "link": link, "at": at} for (a, b), (link, at) in entries.items()]
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = self._path.with_suffix(".part")
-            scratch.write_text(json.dumps(rows, indent=1))
-            scratch.replace(self._path)
+            with replacing(self._path) as part:
+                part.write_text(json.dumps(rows, indent=1))
 
     def _entries(self) -> dict[tuple[str, str], tuple[Link, float]]:
         try:

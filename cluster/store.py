@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from ..quant.gguf import ARCHITECTURES, ModelFile, Part, Window, locate, padded
 from ..runtime.errors import ModelError, ModelUnsupported
+from ..runtime.files import replacing
 from ..runtime.header import check_header, read_header
 from ..runtime.parts import part_names
 from .errors import ClusterError, ProtocolError
@@ -368,16 +368,8 @@ def _digest(path: Path, offset: int, n_bytes: int) -> bytes:
 
 def _replace(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
-    scratch = None
     try:
-        number, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)  # two threads may write the same file
-        scratch = Path(name)
-        with os.fdopen(number, "w") as file:
-            file.write(text)
-        scratch.replace(path)
-        scratch = None
+        with replacing(path) as part:
+            part.write_text(text)
     except OSError as error:
         raise ClusterError(f"{path} cannot be written: {error.strerror}; free some space") from error
-    finally:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)

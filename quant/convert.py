@@ -4,10 +4,7 @@ The conversion runs in a process of its own (`quantizer.py`). It writes beside t
 it is; what a killed run left there is removed by the next one.
 """
 
-import contextlib
 import math
-import os
-import re
 import shutil
 import time
 from collections import Counter
@@ -16,9 +13,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import psutil
-
 from ..runtime.errors import EngineError, OutputError
+from ..runtime.files import replacing, sweep
 from ..runtime.schemes import FTYPES, SCHEMES, find_file_type
 from .gguf import ModelFile, Tensor, padded
 from .imatrix import Importance, read_importance
@@ -28,9 +24,6 @@ from .weights import IMATRIX, RECORD, source_scheme
 
 _LONGEST_KEY = 127
 """Bytes that llama.cpp has room for."""
-_MOST_NAME_BYTES = 200
-"""Of a target's name that go into the name of its half file; file systems take 255 in all."""
-_PART = re.compile(r"\..+\.(\d+)\.localreason-part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,30 +116,22 @@ def convert(
     `source_sha256` goes into the new file's metadata. Raises OutputError, EngineError.
     """
     check_target(plan.source.path, target, is_forced)
-    _sweep(target.parent)
+    sweep(target.parent)
     free = (free_bytes or disk_bytes)(target.parent)
     if plan.n_bytes > free:
         raise OutputError(
             f"the new file takes {plan.n_bytes} bytes and {target.parent} has {free} free; "
             f"free space, choose a smaller scheme or another folder"
         )
-    name = target.name.encode("utf-8", "replace")[:_MOST_NAME_BYTES].decode("utf-8", "ignore")
-    part = target.absolute().with_name(f".{name}.{os.getpid()}.localreason-part")
     values = {**plan.job.values, f"{RECORD}source_sha256": source_sha256}
-    job = replace(plan.job, target=str(part), n_threads=n_threads, values=values)
     started = time.monotonic()
     try:
-        _write(plan, job, report)
-        _check_result(plan, part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        check_target(plan.source.path, target, is_forced)  # another process may have made it meanwhile
-        part.replace(target)
+        with replacing(target) as part:
+            _write(plan, replace(plan.job, target=str(part), n_threads=n_threads, values=values), report)
+            _check_result(plan, part)
+            check_target(plan.source.path, target, is_forced)  # another process may have made it meanwhile
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror}; name another file") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
     return time.monotonic() - started
 
 
@@ -228,15 +213,6 @@ def _check_result(plan: Plan, part: Path) -> None:
     if made != plan.types:
         wrong = next(name for name in plan.types if made.get(name) != plan.types[name])
         raise EngineError(f"llama.cpp made {wrong} {made.get(wrong)} where {plan.types[wrong]} was planned; try again")
-
-
-def _sweep(folder: Path) -> None:
-    """Remove half files of processes that are no more."""
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            match = _PART.fullmatch(path.name)
-            if match and len(match[1]) < 10 and not psutil.pid_exists(int(match[1])):
-                path.unlink()
 
 
 def disk_bytes(folder: Path) -> int:

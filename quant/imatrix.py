@@ -6,7 +6,6 @@ one is written.
 
 import contextlib
 import math
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.errors import InputError, ModelError, OutputError
+from ..runtime.files import replacing
 from ..runtime.header import Header, read_table
 
 _F32 = int(gguf.GGMLQuantizationType.F32)
@@ -138,26 +138,19 @@ def _read_legacy(path: Path) -> Importance:
 
 def write_importance(importance: Importance, path: Path) -> None:
     """Write the GGUF form as llama-imatrix does; the file appears whole or not at all. Raises OutputError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    writer = gguf.GGUFWriter(None, "")
+    writer.kv_data[0].pop("general.architecture", None)
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [importance.dataset])
+    writer.add_uint32("imatrix.chunk_count", importance.n_chunks)
+    writer.add_uint32("imatrix.chunk_size", importance.chunk_tokens)
+    for name, entry in sorted(importance.entries.items()):
+        writer.add_tensor(name + _SUMS, np.ascontiguousarray(entry.sums, np.float32))
+        writer.add_tensor(name + _COUNTS, np.ascontiguousarray(entry.counts, np.float32)[:, None])
     try:
-        writer = gguf.GGUFWriter(part, "")
-        writer.kv_data[0].pop("general.architecture", None)
-        writer.add_type("imatrix")
-        writer.add_array("imatrix.datasets", [importance.dataset])
-        writer.add_uint32("imatrix.chunk_count", importance.n_chunks)
-        writer.add_uint32("imatrix.chunk_size", importance.chunk_tokens)
-        for name, entry in sorted(importance.entries.items()):
-            writer.add_tensor(name + _SUMS, np.ascontiguousarray(entry.sums, np.float32))
-            writer.add_tensor(name + _COUNTS, np.ascontiguousarray(entry.counts, np.float32)[:, None])
-        try:
-            writer.write_header_to_file()
+        with replacing(path) as part, contextlib.closing(writer):
+            writer.write_header_to_file(part)
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-        finally:
-            writer.close()
-        part.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}; give another -o") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -1,15 +1,14 @@
 """The file of a saved sequence: tokens and cache, refused unless it is whole and of the same model."""
 
 import hashlib
-import os
 import struct
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import StateError
+from .files import replacing
 
 _MAGIC = b"LRSTATE1"
 _HEAD = struct.Struct("<8s16s32sQQ")
@@ -31,23 +30,13 @@ def fingerprint(path: Path) -> bytes:
 def write_state(path: Path, model: bytes, tokens: list[int], state: NDArray[np.uint8]) -> None:
     """Write the file whole or not at all. Raises StateError."""
     ids = np.array(tokens, "<i4").tobytes()
-    scratch = None
     try:
-        number, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-        scratch = Path(name)
-        with os.fdopen(number, "wb") as file:
+        with replacing(path) as part, part.open("wb") as file:
             file.write(_HEAD.pack(_MAGIC, model, _digest(ids, state), len(tokens), state.nbytes))
             file.write(ids)
             file.write(state.data)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        scratch = None
     except OSError as error:
         raise StateError(f"{path} cannot be written: {error.strerror}; free space or choose another place") from error
-    finally:
-        if scratch:
-            scratch.unlink(missing_ok=True)
 
 
 def read_state(path: Path, model: bytes, n_most: int, n_vocab: int) -> tuple[list[int], NDArray[np.uint8]]:

@@ -1,8 +1,6 @@
 """Fetches a task's file once, checks it, and only then puts it where it is looked for."""
 
-import contextlib
 import hashlib
-import os
 import time
 import urllib.error
 import urllib.request
@@ -11,6 +9,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from ...runtime.errors import InputError, OutputError
+from ...runtime.files import replacing
 
 _SILENCE_SECONDS = 30.0
 _DEADLINE_SECONDS = 300.0
@@ -97,11 +96,5 @@ def _digest(data: bytes) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """New content in one step."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         part.write_bytes(data)
-        part.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -333,14 +333,15 @@ def test_a_killed_conversion_takes_its_process_and_its_half_file_along(tiny_mode
 def test_half_files_of_dead_processes_are_removed_and_no_others(tiny_model, folder):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    for name in (f".x.gguf.{dead.pid}.localreason-part", f".y.gguf.{os.getpid()}.localreason-part", ".z.part"):
+    tag = "0123abcd.localreason-part"
+    for name in (f".x.gguf.{dead.pid}.{tag}", f".y.gguf.{os.getpid()}.{tag}", f".z.gguf.{dead.pid}.part"):
         (folder / name).write_bytes(b"half")
 
     make(tiny_model, folder / "new.gguf", Request("q8_0"))
 
     assert sorted(path.name for path in folder.iterdir()) == [
-        f".y.gguf.{os.getpid()}.localreason-part",
-        ".z.part",
+        f".y.gguf.{os.getpid()}.{tag}",
+        f".z.gguf.{dead.pid}.part",
         "new.gguf",
     ]
 
