@@ -53,7 +53,9 @@ class Settings:
     store: str | None = _setting(None, "folder of pulled models")
     cluster: bool = _setting(False, "share the model with the paired nodes of the home")
     peers: tuple[str, ...] = _setting((), "a node by host:port, where it is not found by itself")
-    windows: str | None = _setting(None, "layers by machine in order, on CPUs, e.g. attic=14,head=14; unset: planned")
+    windows: str | None = _setting(
+        None, "layers by machine in order, after a / those on its GPU, e.g. attic=14/8,head=14; unset: planned"
+    )
     objective: str | None = _setting(
         None,
         "what the layers are shared out for; unset: latency for one answer at once, throughput for several",

@@ -1,6 +1,7 @@
 """Opens a model on the home's machines: finds the nodes, plans the windows, forms the ring."""
 
 import asyncio
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ..cluster.placing import (
     GUESSED,
     HEAD_NAME,
     Wish,
+    counted_by_llama,
     model_costs,
     planned,
     types_of,
@@ -34,6 +36,7 @@ from .config import Config, Settings
 LOOK_SECONDS = 2.0
 _FREE_SECONDS = 12.0
 """More than a node takes to notice that the machine it works for is gone."""
+_WINDOW = re.compile(r"\s*(\S.*?)\s*=\s*([0-9]{1,4})\s*(?:/\s*([0-9]{1,4})\s*)?")
 N_CONTEXT = 4096
 """Tokens of the cache where nobody says how many are needed."""
 
@@ -104,6 +107,8 @@ def open_ring(path: Path, options: EngineOptions, config: Config) -> Model:
             tell(f"the cache is of {cache_type}: f16 does not hold {n_context} tokens")
     else:
         place, cache_type = named, options.cache_type or "f16"
+        if options.n_gpu_layers:
+            tell("--windows says what goes to a GPU, --gpu-layers is not looked at; write e.g. head=14/8")
     ring = RingEngine(
         file,
         [replace(node.address, name=node.name) for node in nodes if node.address is not None],
@@ -180,22 +185,27 @@ async def measure_links(home: Home, nodes: list[Seen], tell: Callable[[str], Non
 
 
 def named_windows(text: str, file: ModelFile, known: list[str]) -> Placer:
-    """Windows as a person wrote them, `attic=10,head=6,attic=8,head=4`, on nodes of `known` names. The layers of one
-    that is lost or cannot be used go to the one that follows it in the ring. Raises PlanImpossible."""
-    wanted: list[tuple[str, int]] = []
+    """Windows as a person wrote them, `attic=10/4,head=6,attic=8,head=4`, on nodes of `known` names, 4 of the first 10
+    layers on a GPU. The layers of one that is lost or cannot be used go to the one that follows it in the ring, which
+    keeps as many on its GPU as it has there. Raises PlanImpossible."""
+    wanted: list[tuple[str, int, int]] = []
     for part in text.split(","):
-        name, _, number = part.rpartition("=")
-        if not name.strip() or not number.strip().isdecimal() or not 1 <= int(number) <= file.n_layers:
-            raise PlanImpossible(f"{part!r} in the windows {text!r} is not NAME=LAYERS; write e.g. attic=14,head=14")
-        wanted.append((HEAD if name.strip() == "head" else name.strip(), int(number)))
-    total = sum(n for _, n in wanted)
+        match = _WINDOW.fullmatch(part)
+        n, n_gpu = (int(match[2]), int(match[3] or 0)) if match else (0, 0)
+        if match is None or not 1 <= n <= file.n_layers or n_gpu > n:
+            raise PlanImpossible(
+                f"{part!r} in the windows {text!r} is not NAME=LAYERS or NAME=LAYERS/GPU, with 1 to {file.n_layers} "
+                f"layers and no more on the GPU; write e.g. attic=14,head=14 or attic=14/8,head=14"
+            )
+        wanted.append((HEAD if match[1] == HEAD_NAME else match[1], n, counted_by_llama(n_gpu)))
+    total = sum(n for _, n, _ in wanted)
     if total != file.n_layers or wanted[-1][0] != HEAD:
         raise PlanImpossible(
             f"the windows {text!r} have {total} layers and end with {wanted[-1][0] or 'head'}; the model has "
             f"{file.n_layers} and the last window is the head's"
         )
 
-    unknown = sorted({name for name, _ in wanted} - {HEAD, *known})
+    unknown = sorted({name for name, *_ in wanted} - {HEAD, *known})
     if unknown:
         raise PlanImpossible(
             f"no node is named {', '.join(unknown)}, which the windows {text!r} name; there are "
@@ -205,14 +215,14 @@ def named_windows(text: str, file: ModelFile, known: list[str]) -> Placer:
     def place(names: list[str]) -> Placement:
         windows: list[Assignment] = []
         first = start = 0
-        for name, n in wanted:
+        for name, n, n_gpu in wanted:
             first += n
             if name != HEAD and name not in names:
                 continue
             if windows and windows[-1].member == name:  # the one between them is lost
-                windows[-1] = Assignment(name, windows[-1].first, first)
+                windows[-1] = Assignment(name, windows[-1].first, first, max(n_gpu, windows[-1].n_gpu_layers))
             else:
-                windows.append(Assignment(name, start, first))
+                windows.append(Assignment(name, start, first, n_gpu))
             start = first
         return Placement(tuple(windows))
 

@@ -160,14 +160,19 @@ def placement_of(found: Plan, wish: Wish) -> Placement:
     is_output_on_gpu = found.per_device[-1].is_output_on_gpu
     windows = []
     for i, window in enumerate(found.windows):
-        # llama.cpp counts the output as the first layer that goes to the GPU; a stub of it is in every window.
         is_last = i == len(found.windows) - 1
-        n_gpu = window.n_gpu_layers + 1 if window.n_gpu_layers or (is_last and is_output_on_gpu) else 0
+        n_gpu = counted_by_llama(window.n_gpu_layers, is_last and is_output_on_gpu)
         windows.append(
             Assignment(HEAD if window.device == HEAD_NAME else window.device, window.first, window.end, n_gpu)
         )
     n_spread = -(-wish.n_in_flight // found.n_rows) if wish.n_in_flight else 0
     return Placement(tuple(windows), found.is_disk_used, token_seconds, n_spread)
+
+
+def counted_by_llama(n_gpu_layers: int, is_output_on_gpu: bool = False) -> int:
+    """A window's layers on a GPU as llama.cpp counts them: the output, of which every window has a stub, is the first
+    that goes there."""
+    return n_gpu_layers + 1 if n_gpu_layers or is_output_on_gpu else 0
 
 
 def planned(

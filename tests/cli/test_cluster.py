@@ -134,6 +134,7 @@ def test_windows_that_do_not_add_up_are_refused(run, tmp_path):
         for windows, expected in (
             ("attic", "is not NAME=LAYERS"),
             ("attic=3,head=²", "is not NAME=LAYERS"),
+            ("attic=3/4,head=1", "no more on the GPU"),
             ("attic=1,head=1", "have 2 layers"),
             ("head=2,attic=2", "end with"),
             (

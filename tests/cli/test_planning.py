@@ -9,13 +9,14 @@ import pytest
 from localreason.cli.config import load
 from localreason.cli.doctor import _machine
 from localreason.cli.planning import read_devices
-from localreason.cli.ring import open_ring
+from localreason.cli.ring import named_windows, open_ring
 from localreason.cluster.costs import Links
 from localreason.cluster.device import Device
-from localreason.cluster.formation import HEAD
+from localreason.cluster.formation import HEAD, Assignment
 from localreason.cluster.home import Home, Seen
 from localreason.cluster.member import Address
 from localreason.cluster.wire.ring_pb2 import DescribeReply
+from localreason.quant.gguf import ModelFile
 from localreason.runtime.errors import InputError
 from localreason.runtime.llama import EngineOptions
 from tests.gguf_models import write_model
@@ -144,6 +145,20 @@ def test_layers_for_the_heads_gpu_are_counted_in_a_ring_too(tmp_path, monkeypatc
             open_ring(model, EngineOptions(n_gpu_layers=n), load({"cluster": True}))
     assert placed[0][HEAD] > 0
     assert placed[1][HEAD] == 0
+
+
+def test_windows_as_a_person_writes_them_say_what_goes_to_a_gpu(tmp_path):
+    file = ModelFile(write_model(tmp_path / "tiny.gguf", n_layers=6))
+    place = named_windows("attic=2/1, cellar = 1 / 1,attic=1,head=2", file, ["attic", "cellar"])
+
+    # llama.cpp counts the output, of which each window has at least a stub, as a layer.
+    assert place(["attic", "cellar"]).windows == (
+        Assignment("attic", 0, 2, 2),
+        Assignment("cellar", 2, 3, 2),
+        Assignment("attic", 3, 4, 0),
+        Assignment(HEAD, 4, 6, 0),
+    )
+    assert place(["attic"]).windows == (Assignment("attic", 0, 4, 2), Assignment(HEAD, 4, 6, 0))
 
 
 @pytest.mark.parametrize(
