@@ -24,14 +24,13 @@ class Inlet:
         self._messages = messages
         self._is_paired = is_paired
 
-    async def _read(self, seconds: float) -> wire.ToNode:
+    async def _read(self, seconds: float) -> wire.ToNode | None:
+        """None where the head has ended the session."""
         try:
-            message = await asyncio.wait_for(anext(self._messages), seconds)
+            message = await asyncio.wait_for(anext(self._messages, None), seconds)
         except TimeoutError as error:
             raise HeadLost(f"the head said nothing for {seconds:.0f} s; the session is over") from error
-        except StopAsyncIteration as error:
-            raise HeadLost("the head ended the session") from error
-        if not self._is_paired():
+        if message is not None and not self._is_paired():
             raise ClusterError("the head is not paired any more; the session is over")
         return message
 
@@ -40,6 +39,8 @@ class Inlet:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             message = await self._read(_SILENCE_SECONDS)
+            if message is None:
+                raise HeadLost("the head ended the session")
             found = message.WhichOneof("message")
             if found == kind:
                 return message
@@ -48,9 +49,8 @@ class Inlet:
         raise HeadLost(f"the head sent no {kind} for {seconds:.0f} s; the session is over")
 
     async def drain(self) -> None:
-        """Read until the head is gone or says something out of place."""
-        while True:
-            message = await self._read(_SILENCE_SECONDS)
+        """Read until the head ends the session. Raises HeadLost, and ProtocolError for anything but a beat."""
+        while (message := await self._read(_SILENCE_SECONDS)) is not None:
             if message.WhichOneof("message") != "beat":
                 raise ProtocolError(f"{message.WhichOneof('message')} came while the ring was running")
 
