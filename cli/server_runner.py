@@ -149,6 +149,7 @@ class Runner:
             requests = model.samples(prompt, replace(recipe, seed=seed), f"{id}/{i}")
             if wanted.rules is not None:
                 constrain_all(requests, wanted.rules, recipe, model)
+            requests[0].is_continued = wanted.is_chat and wanted.n == len(requests) == 1
             choices.append(Choice(i, requests, wanted))
         return choices
 

@@ -69,6 +69,7 @@ class RingEngine:
         # What a sliding window has left behind may be gone from the caches (`Cache.holds`), and steps that are under
         # way decide which, so nobody can be asked.
         self.can_rewind = not file.has_sliding_window
+        self.is_forgetful = not self.can_rewind
         self._is_guessing = options.is_guessing and self.can_rewind
         self.timing = Timing()
         self._journal = Journal(options.n_sequences)

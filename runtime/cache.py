@@ -54,7 +54,7 @@ class Cache:
             self.close()
             raise ModelUnsupported(f"{model.path} has no cache and cannot write token by token; take another file")
         self._is_recurrent = model.is_recurrent
-        self._n_window: int = lib.llama_model_n_swa(model.pointer)
+        self._n_window = model.n_window
         self._n_vocab = model.n_vocab
         self._n_embd = model.n_embd
         self.n_context: int = lib.llama_n_ctx(self._pointer)

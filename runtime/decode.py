@@ -129,6 +129,7 @@ class _Loop:
             self._flights.append(flight)
             for span, row in zip(flight.spans, flight.rows, strict=True):
                 row.sequence.n_evaluated += len(span.tokens)
+                self.schedule.checkpoint(row)
                 row.flight = flight if span.n_logits else None
         if self._flights:
             yield from self._land(self._flights.popleft())

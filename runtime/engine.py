@@ -65,6 +65,9 @@ class Engine(Protocol):
     n_batch: int
     can_rewind: bool
     """False where only a whole sequence can be forgotten, as with recurrent models."""
+    is_forgetful: bool
+    """True where a rewind may find that what it needs is gone, as with recurrent models and sliding windows: who will
+    come back to a place makes a fork there in time, a checkpoint."""
 
     @property
     def n_in_flight(self) -> int:

@@ -142,6 +142,7 @@ class LlamaEngine:
         self.architecture = str(model.header.get("general.architecture", ""))
         self.n_context_train = model.n_context_train or _N_CONTEXT_UNKNOWN
         self.can_rewind = not model.is_recurrent
+        self.is_forgetful = model.is_recurrent or model.n_window > 0
         self.n_vocab = model.n_vocab
         self._cache = _open_cache(model, options, fitted)
         self.notes = fitted.notes

@@ -295,6 +295,11 @@ class Model:
         return self._vocab if self.pointer else None
 
     @property
+    def n_window(self) -> int:
+        """Tokens of the sliding window; 0 where there is none."""
+        return self._lib.llama_model_n_swa(self.pointer)
+
+    @property
     def is_recurrent(self) -> bool:
         """True for models that hold a state in place of, or besides, a cache of tokens."""
         return bool(self._lib.llama_model_is_recurrent(self.pointer) or self._lib.llama_model_is_hybrid(self.pointer))

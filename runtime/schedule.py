@@ -14,6 +14,8 @@ _SHORTEST_SHARED = 8
 _PART_BESIDE = 4
 """While others decode, prompts get a fourth of a batch, 32 tokens on a CPU: the others' readers wait for the whole
 batch, and each token of a prompt makes it longer."""
+_TAIL = 32
+"""Tokens at the end of a prompt that the next one may not have at that place: there stands what opens the reply."""
 _MOST_KEPT = 4
 """Ended prompts that are kept: enough for clients that take turns, and few, for they hold cells of the cache."""
 
@@ -105,25 +107,28 @@ class Schedule:
         """Give the row a slot, and fork the longest prefix that a kept prompt or a running row has in common with it,
         or wait for that."""
         sequence = row.sequence
-        donor, n_shared = self._find_kept(sequence.tokens)
+        donors = self._find_kept(sequence.tokens)
         slot = self.take_slot()
         assert slot is not None, "admit looks for a slot first"
         sequence.slot = slot
-        if donor in self._kept:  # not where its own slot had to be taken
-            sequence.n_evaluated = self.engine.fork(donor, slot, n_shared)
-            sequence.n_reused = min(sequence.n_evaluated, sequence.n_prompt)
+        for donor, n_shared in donors:
+            if donor in self._kept and not sequence.n_evaluated:  # its own slot may have had to be taken
+                sequence.n_evaluated = self.engine.fork(donor, slot, n_shared)
+        sequence.n_reused = min(sequence.n_evaluated, sequence.n_prompt)
         self._follow(row)
         self.rows.append(row)
 
-    def _find_kept(self, tokens: list[int]) -> tuple[int, int]:
-        """Slot of the kept prompt that begins most alike, and how many tokens that is; it is the last used from now
-        on. -1 where none is worth a fork."""
+    def _find_kept(self, tokens: list[int]) -> list[tuple[int, int]]:
+        """Slots to fork from, and how many tokens: the kept prompt that begins most alike, of which the engine may not
+        hold that part any more, and the longest one that is a beginning as a whole. They are the last used from now
+        on."""
         lengths = {slot: min(_common(kept, tokens), len(tokens) - 1) for slot, kept in self._kept.items()}
-        slot = max(lengths, key=lengths.__getitem__, default=-1)
-        if slot < 0 or lengths[slot] < _SHORTEST_SHARED:
-            return -1, 0
-        self._kept[slot] = self._kept.pop(slot)
-        return slot, lengths[slot]
+        parts = {slot: n for slot, n in lengths.items() if n >= _SHORTEST_SHARED}
+        wholes = {slot: n for slot, n in parts.items() if n == len(self._kept[slot])}
+        found = [max(some, key=some.__getitem__) for some in (wholes, parts if self.engine.can_rewind else {}) if some]
+        for slot in found:
+            self._kept[slot] = self._kept.pop(slot)
+        return [(slot, lengths[slot]) for slot in reversed(found)]
 
     def _follow(self, row: Resident) -> None:
         """Let the row wait for a running one that has, or will have, evaluated more of its prompt."""
@@ -158,11 +163,12 @@ class Schedule:
         if slot < 0:
             return
         sequence.slot = -1
-        is_donor = row.probe is None and self.engine.can_rewind and sequence.n_evaluated >= sequence.n_prompt
+        # Thinking is not sent back, so behind it nothing of the reply will be met again at its place.
+        has_reply = row.request.is_continued and not sequence.n_blocks
+        n_kept = sequence.n_evaluated if has_reply else sequence.n_prompt
+        is_there = sequence.n_evaluated >= sequence.n_prompt
+        is_donor = row.probe is None and is_there and (self.engine.can_rewind or n_kept == sequence.n_evaluated)
         if is_donor and not self.is_tight:
-            # Thinking is not sent back, so behind it nothing of the reply will be met again at its place.
-            has_reply = row.request.is_continued and not sequence.n_blocks
-            n_kept = sequence.n_evaluated if has_reply else sequence.n_prompt
             if self.engine.rewind(slot, n_kept) == n_kept:
                 self._keep(slot, sequence.tokens[:n_kept])
             else:
@@ -172,14 +178,28 @@ class Schedule:
         sequence.n_evaluated = 0
 
     def _keep(self, slot: int, tokens: list[int]) -> None:
-        """Keep a slot's tokens in the place of what they begin with, or of what was used longest ago."""
+        """Keep a slot's tokens in the place of what they begin with, unless only that can be gone back to, or of what
+        was used longest ago."""
         for other, kept in list(self._kept.items()):
-            if kept == tokens[: len(kept)]:
+            if kept == tokens or (not self.engine.is_forgetful and kept == tokens[: len(kept)]):
                 del self._kept[other]
                 self._free_slot(other)
         if len(self._kept) == _MOST_KEPT:
             self.drop_kept()
         self._kept[slot] = tokens
+
+    def _checkpoint_place(self, row: Resident) -> int:
+        """Where a prompt is to be kept that may not be there any more once its reply is written; 0 for nowhere."""
+        is_wanted = self.engine.is_forgetful and row.request.is_continued and row.probe is None
+        return max(0, row.sequence.n_prompt - _TAIL) if is_wanted else 0
+
+    def checkpoint(self, row: Resident) -> None:
+        """Keep the row's prompt where it is due and a slot is to spare; to be called when tokens were submitted."""
+        sequence, n = row.sequence, row.sequence.n_evaluated
+        if n == self._checkpoint_place(row) >= _SHORTEST_SHARED and self._free and not self.is_tight:
+            slot = self._free.pop()
+            self.engine.fork(sequence.slot, slot, n)
+            self._keep(slot, sequence.tokens[:n])
 
     def release(self) -> None:
         """Free everything."""
@@ -224,6 +244,8 @@ class Schedule:
             for other in self.rows:  # stop where a follower wants to fork
                 if other.leader is row and start < other.n_shared < end:
                     end = other.n_shared
+            if start < (place := self._checkpoint_place(row)) < end:
+                end = place
             is_complete = end == len(sequence.tokens)
             flight.spans.append(Span(sequence.slot, start, sequence.tokens[start:end], int(is_complete)))
             flight.rows.append(row)

@@ -65,6 +65,7 @@ class ScriptedEngine:
         n_sequences: int = 8,
         n_batch: int = 128,
         can_rewind: bool = True,
+        is_forgetful: bool = False,
         n_in_flight: int = 1,
         n_spread: int | None = None,
     ) -> None:
@@ -75,6 +76,8 @@ class ScriptedEngine:
         self.n_sequences = n_sequences
         self.n_batch = n_batch
         self.can_rewind = can_rewind
+        self.is_forgetful = is_forgetful or not can_rewind
+        """What a sequence held before it became longer is gone."""
         self.n_in_flight, self.n_spread = n_in_flight, n_spread or n_in_flight
         self.results: deque[Logits] = deque()
         self.n_requests = 0
@@ -130,6 +133,8 @@ class ScriptedEngine:
         assert not self.held[target]
         assert n_tokens <= len(self.held[source])
         assert self.can_rewind or n_tokens == len(self.held[source])
+        if self.is_forgetful and n_tokens < len(self.held[source]):
+            n_tokens = 0
         self.held[target] = self.held[source][:n_tokens]
         self.shared[target] = n_tokens
         self.calls.append(("fork", source, target, n_tokens))
@@ -138,6 +143,8 @@ class ScriptedEngine:
     def rewind(self, sequence_id: int, n_tokens: int) -> int:
         assert n_tokens <= len(self.held[sequence_id])
         assert self.can_rewind or n_tokens in (0, len(self.held[sequence_id]))
+        if self.is_forgetful and n_tokens < len(self.held[sequence_id]):
+            n_tokens = 0
         del self.held[sequence_id][n_tokens:]
         self.shared[sequence_id] = min(self.shared[sequence_id], n_tokens)
         self.calls.append(("rewind", sequence_id, n_tokens))

@@ -1,6 +1,7 @@
 """The loop: what joins the context, in what order, what the engine is asked to evaluate, and how things end."""
 
 from itertools import pairwise
+from types import MappingProxyType
 
 import pytest
 
@@ -170,6 +171,47 @@ def test_a_reply_that_is_continued_is_kept_with_its_prompt_unless_it_has_thinkin
     assert [call[-1] for call in engine.calls if call[0] == "fork"] == [len("the first turn:") + n_shared]
     assert second.sequence.answer == "2"
     assert not any(engine.held)
+
+
+class TestCheckpoints:
+    """An engine that cannot go back keeps a fork of a prompt that is to be continued."""
+
+    FIRST = "x" * 60 + "one:"
+    SECOND = "x" * 60 + " and two:"
+    REPLIES = MappingProxyType({"one:": "<think>a thought</think>r", "and two:": "2"})
+
+    def reused(self, engine, tokenizer, *prompts):
+        turns = [request(tokenizer, prompt) for prompt in prompts]
+        for turn in turns:
+            turn.is_continued = True
+        ends = finish_of(decode(engine, tokenizer, turns, n_parallel=1))
+        assert not any(engine.held)
+        return [turn.sequence.n_reused for turn in turns], [reason for _, reason in ends]
+
+    @pytest.mark.parametrize("can_rewind", [False, True], ids=["recurrent", "sliding window"])
+    def test_the_next_turn_goes_on_shortly_before_the_end_of_the_last_prompt(self, can_rewind):
+        tokenizer, engine = make(self.REPLIES, can_rewind=can_rewind, is_forgetful=True)
+        assert self.reused(engine, tokenizer, self.FIRST, self.SECOND, self.FIRST) == ([0, 32, 37], ["end"] * 3)
+
+    @pytest.mark.parametrize("can_rewind", [False, True], ids=["recurrent", "sliding window"])
+    def test_a_reply_without_thinking_is_there_as_a_whole_and_so_is_its_prompt_alone(self, can_rewind):
+        tokenizer, engine = make({"one:": "its reply", "two:": "2"}, can_rewind=can_rewind, is_forgetful=True)
+        prompts = (self.FIRST, self.FIRST + "its reply. And two:", self.FIRST + "its reple. And two:")
+        longest = len(self.FIRST) + len("its reply")
+        assert self.reused(engine, tokenizer, *prompts)[0] == [0, longest, 32]
+
+    def test_an_engine_that_can_go_back_needs_none(self):
+        tokenizer, engine = make(self.REPLIES)
+        assert self.reused(engine, tokenizer, self.FIRST, self.SECOND)[0] == [0, 60]
+        assert [len(batch[0].tokens) for batch in engine.batches[:2]] == [64, 1]
+
+    def test_a_cache_that_is_full_gives_it_up(self):
+        tokenizer, engine = make(self.REPLIES, can_rewind=False, n_context=70)
+        assert self.reused(engine, tokenizer, self.FIRST) == ([0], ["context"])
+
+    def test_without_a_slot_to_spare_all_is_evaluated_again(self):
+        tokenizer, engine = make(self.REPLIES, can_rewind=False, n_sequences=1)
+        assert self.reused(engine, tokenizer, self.FIRST, self.SECOND) == ([0, 0], ["end"] * 2)
 
 
 def test_prompts_take_a_part_of_the_batches_that_replies_wait_for():
