@@ -16,9 +16,10 @@ from . import build, checksum, problems
 from .config import Config
 from .interrupt import Interrupts
 from .main import ExitCode
-from .render import row_line, safe
+from .render import row_line
 from .results import Printed, Results, Sink
 from .row import Row, make_row, n_sampled
+from .say import safe, tell
 
 if TYPE_CHECKING:
     from ..runtime.model import Recipe
@@ -97,7 +98,7 @@ def _read(argument: str, job: Job) -> tuple[list[problems.Problem], list[problem
         return [problems.question(argument)], []
     todo, bad = problems.read(argument, f"a question must not end in {', '.join(problems.SUFFIXES)}")
     for row in bad:
-        _tell(f"{argument} line {row.line}: {row.reason}")
+        tell(f"{argument} line {row.line}: {row.reason}")
     if not todo:
         raise InputError(f"none of the {len(bad)} rows of {argument} is a problem; see the lines above")
     return todo[: job.limit], bad
@@ -172,7 +173,7 @@ def _show(job: Job, tally: Tally) -> Iterator[Any]:
 
 def _tell_resume(job: Job, tally: Tally) -> None:
     if job.output is not None:
-        _tell(
+        tell(
             f"{len(tally.rows)} rows are saved in {job.output}, {tally.n_left} are left; "
             f"the same command with -o {shlex.quote(str(job.output))} goes on from there"
         )
@@ -212,7 +213,3 @@ def _report(job: Job, tally: Tally) -> None:
             del table["tokens"], table["tokens_per_second"], table["seconds"]
         lines = [f"{key.replace('_', ' '):<18} {safe(str(value))}" for key, value in table.items() if value is not None]
         print("\n" + "\n".join(lines), file=sys.stderr if job.output is None else sys.stdout)
-
-
-def _tell(sentence: str) -> None:
-    print(f"localreason: {safe(sentence)}", file=sys.stderr, flush=True)

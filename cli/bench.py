@@ -1,7 +1,6 @@
 """`localreason bench`: prefill, decode, load time, memory, and what the controls cost."""
 
 import contextlib
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 
 from ..runtime.errors import LocalReasonError, OutputError
 from . import build, checksum, config
+from .say import tell
 
 if TYPE_CHECKING:
     from ..runtime.llama import EngineOptions
@@ -97,7 +97,7 @@ def _measure(settings: config.Config, wiring: build.Wiring, sizes: "Sizes") -> d
     except OutOfMemory as error:
         if not settings.settings.cluster:
             raise
-        print(f"localreason: {error}; the ring is measured alone", file=sys.stderr)
+        tell(f"{error}; the ring is measured alone")
         start = time.perf_counter()
         with contextlib.closing(_open(path, options, settings, wiring)) as opened:
             found = measure_ring_alone(opened.engine, opened.tokenizer, sizes, time.perf_counter() - start)

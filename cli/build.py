@@ -1,7 +1,6 @@
 """The only place that wires settings to recipes, files and engines."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ..runtime.errors import ControlError, InputError
 from . import store
 from .config import Config
 from .hub import Hub, HuggingFace
+from .say import tell
 
 if TYPE_CHECKING:
     from ..runtime.events import Event
@@ -43,15 +43,16 @@ class Solver(Protocol):
 
 def open_model(path: Path, options: "EngineOptions", config: Config) -> AbstractContextManager[Solver]:
     """The real thing: a GGUF file in llama.cpp, on this machine or on the home's."""
+    from ..runtime.model import Model
+
     if config.settings.cluster:
         from .ring import open_ring
 
-        return open_ring(path, options, config)
-    from ..runtime.model import Model
-
-    model = Model.open(path, options)
+        model = open_ring(path, options, config)
+    else:
+        model = Model.open(path, options)
     for note in model.notes:
-        _tell(note)
+        tell(note)
     return model
 
 
@@ -123,14 +124,14 @@ def find_model(config: Config, hub: Callable[[], Hub]) -> Path:
     reference = config.settings.model
     if reference is None:
         path = store.demo()
-        _tell(
+        tell(
             f"no model given: {path.stem} only demonstrates; "
             f"for real answers run `localreason models pull {store.RECOMMENDED}` and give --model {store.RECOMMENDED}"
         )
         return path
     path = store.find(reference, config.store)
     if path is None:
-        _tell(f"{reference} is not here yet; pulling it to {config.store}")
+        tell(f"{reference} is not here yet; pulling it to {config.store}")
         path = store.pull(reference, config.store, hub())
     return path
 
@@ -157,13 +158,7 @@ def warn(path: Path, config: Config) -> None:
         if has_certainty and report.precision.weight_bits <= _FEW_BITS:
             found.append(f"the certainty that suppress goes by was tuned at 16 bits, not for {report.precision.scheme}")
         if found:
-            _tell("; ".join(found))
-
-
-def _tell(sentence: str) -> None:
-    from .render import safe
-
-    print(f"localreason: {safe(sentence)}", file=sys.stderr, flush=True)
+            tell("; ".join(found))
 
 
 def describe_controls() -> dict[str, Any]:

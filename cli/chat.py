@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..runtime.errors import InputError, OutputError
+from ..runtime.errors import InputError
 from . import build, config
 from .store import DEMO, list_stored
 
@@ -82,10 +82,6 @@ def chat(
     from .chat_models import ChatBackend
 
     path = history or _default_history()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path.parent} cannot be made: {error.strerror}; give another --history") from error
     backend, is_opening = ChatBackend(settings, recipe, build.wiring(context)), False
     try:
         with History(path) as kept:

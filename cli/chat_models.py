@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ..quant.choose import find_scheme
-from ..runtime.controls import combine
+from ..runtime.controls import PRESETS, combine
 from ..runtime.errors import EngineError, ModelError, ModelNotFound
 from ..runtime.model import Model, Recipe
 from ..runtime.room import available_bytes
@@ -65,7 +65,7 @@ class ChatBackend:
         on_progress(f"loading {path.stem}", 0, 0)
         options = build.make_options(self._config, self._recipe, 1, [])
         # Room for any preset that the user may turn to; the cells are shared.
-        n_most = max(Recipe(combine(preset, ())).n_sequences() for preset in ("fast", "parallel"))
+        n_most = max(Recipe(combine(preset, ())).n_sequences() for preset in PRESETS)
         options = replace(options, n_sequences=max(options.n_sequences, n_most))
         opened = self._wiring.open_model(path, options, self._config)
         model = cast(Model, self._stack.enter_context(opened))

@@ -34,7 +34,8 @@ def list_nodes(peers: Peers = None, is_json: Json = False) -> None:
     Example:
       localreason cluster list --peer 192.168.1.20:7411
     """
-    from .ring import LOOK_SECONDS, make_home, tell
+    from .ring import LOOK_SECONDS, make_home
+    from .say import tell
 
     settings = config.load({"peers": peers})
     home = make_home(settings)
@@ -179,7 +180,8 @@ def status(peers: Peers = None, is_json: Json = False) -> None:
     """Show what the nodes are doing, and how long a message takes to them."""
     from ..cluster.errors import ClusterError
     from ..cluster.member import Member
-    from .ring import LOOK_SECONDS, make_home, tell
+    from .ring import LOOK_SECONDS, make_home
+    from .say import tell
 
     settings = config.load({"peers": peers})
     home = make_home(settings)

@@ -191,7 +191,7 @@ def compare(
 
 def _print(runs: "list[Run]", notes: list[str], is_json: bool, is_markdown: bool) -> None:
     from .evaluation.compare import as_markdown, as_text, as_values, table
-    from .render import safe
+    from .say import safe
 
     if is_json:
         print(json.dumps(as_values(runs, notes), indent=2, allow_nan=False))

@@ -170,7 +170,7 @@ def _tell_bug(error: Exception) -> int:
 def _tell(sentence: str) -> None:
     if os.environ.get("LOCALREASON_DEBUG"):
         traceback.print_exc()
-    from .render import safe
+    from .say import safe
 
     print(safe(sentence), file=sys.stderr)
 

@@ -9,7 +9,7 @@ import typer
 
 from ..runtime.errors import ModelBroken, ModelNotFound
 from . import build, checksum, config
-from .render import safe
+from .say import safe
 from .store import CATALOGUE, DEMO, RECOMMENDED, demo, find, list_stored, parts, pull, remove
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help="Models on this machine.")

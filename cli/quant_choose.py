@@ -17,9 +17,8 @@ from ..runtime.fit import Free
 from ..runtime.llama import free_memory
 from ..runtime.memory import cache_bytes, repacked_schemes
 from . import config
-from .quant_report import tell
 from .quant_sources import Source, find_sources, main_type
-from .render import safe
+from .say import safe, tell
 
 if TYPE_CHECKING:
     from ..cluster.costs import Links

@@ -12,7 +12,7 @@ import typer
 
 from ..runtime.errors import InputError, OutputError
 from . import build, checksum, config
-from .quant_report import tell
+from .say import tell
 
 if TYPE_CHECKING:
     from ..quant.convert import Plan

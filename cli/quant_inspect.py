@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import build, config
-from .render import safe
+from .say import safe
 from .store import find
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ import typer
 from ..runtime.errors import InputError, OutputError
 from ..runtime.files import replacing
 from . import build, checksum, config, problems
-from .quant_report import drift_lines, paired_lines, tell
+from .quant_report import drift_lines, paired_lines
+from .say import tell
 
 if TYPE_CHECKING:
     from ..quant.measure import Drift
@@ -237,10 +238,9 @@ def _paired(
     try:
         found = [_solve(wiring, side, todo) for side in sides]
     except KeyboardInterrupt:
-        print(
-            "localreason: what was solved is not kept here; `localreason eval` with each file, then `eval compare "
-            "--across-models`, keeps every row and goes on where it stopped",
-            file=sys.stderr,
+        tell(
+            "what was solved is not kept here; `localreason eval` with each file, then `eval compare "
+            "--across-models`, keeps every row and goes on where it stopped"
         )
         raise
     recipe = build.make_recipe(sides[0].settings)

@@ -1,9 +1,6 @@
 """What `localreason quant measure` found, in lines for a person; and what is said beside results."""
 
-import sys
 from typing import TYPE_CHECKING
-
-from .render import safe
 
 if TYPE_CHECKING:
     from ..quant.measure import Drift
@@ -48,8 +45,3 @@ def paired_lines(found: "Comparison") -> list[str]:
     )
     lines.append(f"not ended by itself   {found.reference_unfinished} reference, {found.candidate_unfinished}")
     return lines
-
-
-def tell(sentence: str) -> None:
-    """Say something beside the result."""
-    print(f"localreason: {safe(sentence)}", file=sys.stderr, flush=True)

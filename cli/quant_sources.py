@@ -18,7 +18,7 @@ from ..runtime.parts import join, read_local
 from ..runtime.schemes import KINDS, MAIN_SCHEMES, SCHEMES
 from . import build, store
 from .hub import Hub
-from .quant_report import tell
+from .say import tell
 
 _HEAD_BYTES = 1 << 24
 """Of a published file: more than metadata, vocabulary and tensor table of known models take."""

@@ -1,26 +1,15 @@
 """Events as terminal text. What a model writes is data: never markup, and without control characters."""
 
-import re
 import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from .row import Row, n_sampled
+from .say import safe
 
 if TYPE_CHECKING:
     from ..runtime.events import Event
-
-# Escape sequences, control characters but line end and tab, and marks that reverse the direction of text.
-_UNSAFE = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])?"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-)
-
-
-def safe(text: str) -> str:
-    """Text that can be shown on any terminal and does nothing there."""
-    return _UNSAFE.sub("", text)
 
 
 class Stream:

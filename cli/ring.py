@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from ..runtime.llama import EngineOptions, load_tokenizer, physical_cores
 from ..runtime.model import Model
 from ..runtime.paths import expanded
 from .config import Config, Settings
+from .say import tell
 
 LOOK_SECONDS = 2.0
 _FREE_SECONDS = 12.0
@@ -227,7 +227,3 @@ def named_windows(text: str, file: ModelFile, known: list[str]) -> Placer:
         return Placement(tuple(windows))
 
     return place
-
-
-def tell(sentence: str) -> None:
-    print(f"localreason: {sentence}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import signal
 import socket
-import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ import typer
 from ..runtime.errors import ControlError, InputError
 from . import build, config
 from .main import ExitCode
+from .say import tell
 
 if TYPE_CHECKING:
     from ..runtime.llama import EngineOptions
@@ -177,7 +177,7 @@ def run(server: "Server", listener: socket.socket) -> None:
     """Serve on a listening socket until SIGINT or SIGTERM."""
     runner = server.runner
     engine = runner.model.engine
-    _tell(f"{runner.model.name}: {runner.n_parallel} replies at once, {engine.n_context} tokens of cache")
+    tell(f"{runner.model.name}: {runner.n_parallel} replies at once, {engine.n_context} tokens of cache")
     host, port = listener.getsockname()[:2]
     print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     # uvicorn raises what it caught again once it is done; a server that was told to stop has not failed.
@@ -188,7 +188,7 @@ def run(server: "Server", listener: socket.socket) -> None:
         runner.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    _tell("stopped")
+    tell("stopped")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -201,7 +201,3 @@ def _listen(host: str, port: int) -> socket.socket:
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_SECONDS * 1000)
     return listener
-
-
-def _tell(sentence: str) -> None:
-    print(f"localreason: {sentence}", file=sys.stderr, flush=True)

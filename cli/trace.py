@@ -76,7 +76,8 @@ def _some(names: Iterable[str]) -> str:
 def _show(row: "Row", steps: list[list[Any]], has_dots: bool) -> None:
     from rich.console import Console
 
-    from .render import safe, summary
+    from .render import summary
+    from .say import safe
 
     console = Console(highlight=False, soft_wrap=True)
     if row.problem:
@@ -95,7 +96,7 @@ def _text(steps: list[list[Any]], has_dots: bool) -> "Text":
     """The reply with brackets around what the model did not sample, notes on lines of their own."""
     from rich.text import Text
 
-    from .render import safe
+    from .say import safe
 
     shown, latest = Text(), ""
     for step in [*steps, ["end"]]:

@@ -66,6 +66,7 @@ class RingEngine:
         self.n_context_sequence = min(self.n_context, file.n_context_train)
         self.n_sequences = options.n_sequences
         self.n_batch = options.n_batch
+        self.notes = ()
         # What a sliding window has left behind may be gone from the caches (`Cache.holds`), and steps that are under
         # way decide which, so nobody can be asked.
         self.can_rewind = not file.has_sliding_window

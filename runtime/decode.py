@@ -6,9 +6,10 @@ logits came back take the next token. A token passes its sequence's controls; wh
 (`Force`, `Rewrite`, `Probe`, `Stop`, `Note`) is carried out here and nowhere else. Continuous thinking would add one
 more action, `Blend`, that puts a mixture of token embeddings in the place of the next token's.
 
-The order within a step is that of composition: raw logits, biases of the controls, sampling, tracking of the phase,
-observation; then urgent force (a hard cut), rewrite, force, probe. A forced token waits for no logits: all that wait
-join the context at once and are evaluated together.
+The order within a step: raw logits, biases of the controls, sampling, tracking of the phase, observation, control after
+control. What one asks for is carried out before the next one sees the token, which it does not if it was taken back. A
+forced token waits for no logits: when all have observed, those that wait join the context at once and are evaluated
+together. An urgent one, of a hard cut, takes the place of what others wanted to force.
 """
 
 from collections import deque

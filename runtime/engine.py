@@ -63,6 +63,8 @@ class Engine(Protocol):
     """Most tokens of one sequence, at most what the model was trained for."""
     n_sequences: int
     n_batch: int
+    notes: tuple[str, ...]
+    """Sentences on what was reduced to fit into the memory."""
     can_rewind: bool
     """False where only a whole sequence can be forgotten, as with recurrent models."""
     is_forgetful: bool

@@ -19,7 +19,7 @@ from .engine import Engine, Row
 from .errors import ControlError, LocalReasonError, PromptError, PromptTooLong
 from .events import Event, Finished
 from .formats import ThinkingFormat
-from .llama import EngineOptions, LlamaEngine, LlamaTokenizer, load
+from .llama import EngineOptions, LlamaTokenizer, load
 from .phase import PhaseTracker
 from .prompt import Prompt, Prompter
 from .recipe import Question, Recipe
@@ -100,7 +100,7 @@ class Model:
     @property
     def notes(self) -> tuple[str, ...]:
         """One sentence for each thing that was reduced to fit into the memory."""
-        return self.engine.notes if isinstance(self.engine, LlamaEngine) else ()
+        return self.engine.notes
 
     def close(self) -> None:
         self.engine.close()

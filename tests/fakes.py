@@ -75,6 +75,7 @@ class ScriptedEngine:
         self.n_context_sequence = n_context
         self.n_sequences = n_sequences
         self.n_batch = n_batch
+        self.notes = ()
         self.can_rewind = can_rewind
         self.is_forgetful = is_forgetful or not can_rewind
         """What a sequence held before it became longer is gone."""

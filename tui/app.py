@@ -9,6 +9,7 @@ from typing import ClassVar
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.command import CommandPalette
+from textual.events import Print
 from textual.screen import Screen
 from textual.theme import Theme
 
@@ -21,6 +22,9 @@ from .history import History
 from .widgets.keys import Keys
 from .widgets.turn import Turn
 
+_TOLD = "localreason: "
+"""How a sentence to a person begins."""
+_TOLD_SECONDS = 15
 DARK = Theme(
     name="localreason-dark",
     primary="#7fb4ca",
@@ -79,9 +83,15 @@ class ChatApp(App[None]):
 
     def on_mount(self) -> None:
         self.push_screen(self.chat)
+        self.begin_capture_print(self, stdout=False)
         self.call_after_refresh(self._start)
         with contextlib.suppress(NotImplementedError):  # Windows has none
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.exit)
+
+    def on_print(self, event: Print) -> None:
+        """What the rest of the program tells a person, from any thread, becomes a notice."""
+        if event.text.startswith(_TOLD):
+            self.notify(event.text.removeprefix(_TOLD), timeout=_TOLD_SECONDS, markup=False)
 
     def _start(self) -> None:
         if self._model is not None:

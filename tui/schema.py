@@ -77,7 +77,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))  # nobody else's to read
     except OSError as error:
-        raise OutputError(f"the history {path} cannot be made: {error.strerror}; give another path") from error
+        raise OutputError(f"the history {path} cannot be made: {error.strerror}; give another --history") from error
     with errors_as_ours(path):
         database = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
         try:

@@ -9,8 +9,8 @@ from typing import Any
 
 from ...quant.paired import Difference
 from ...runtime.errors import InputError
-from ..render import safe
 from ..row import Row, read_rows
+from ..say import safe
 from .statistics import Pair, Summary, pair, summarise
 
 _FEW = 240

@@ -20,9 +20,10 @@ from ..config import Config
 from ..interrupt import Interrupts
 from ..main import ExitCode
 from ..problems import BadRow, Problem
-from ..render import row_line, safe
+from ..render import row_line
 from ..results import Results
 from ..row import Row, make_row
+from ..say import tell
 from .configuration import SEED_STEP, Configuration
 from .graders import Reply
 from .judge import Judge
@@ -284,8 +285,3 @@ def _show(plan: Plan, tally: Tally) -> Generator[Callable[[str, Row | None], Non
 
     with context:
         yield show
-
-
-def tell(sentence: str) -> None:
-    """A line to the user, beside the results."""
-    print(f"localreason: {safe(sentence)}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import signal
 import pytest
 from textual.widgets import Input
 
+from localreason.cli.say import tell
 from localreason.runtime.errors import OutputError
 from localreason.tui.history import History
 from tests.tui.stage import play
@@ -200,6 +201,15 @@ def test_a_model_whose_name_cannot_be_noted_is_opened_all_the_same(tmp_path, mon
         stage.chat.open_model("demo")
         await stage.told("in use by another program")
         assert stage.dialogue.model == "demo"
+
+    play(tmp_path, scene)
+
+
+def test_what_the_program_tells_while_the_chat_runs_is_shown(tmp_path):
+    async def scene(stage):
+        await stage.talk()
+        await asyncio.to_thread(tell, "no node [can] be used")
+        await stage.told("no node [can] be used")
 
     play(tmp_path, scene)
 
