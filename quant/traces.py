@@ -2,24 +2,30 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..runtime.errors import InputError
+from ..runtime.formats import FORMATS
 from ..runtime.llama import LlamaTokenizer
+from ..runtime.phase import PhaseTracker
 from ..runtime.prompt import Prompter, encode
-from ..runtime.template import Part
+from ..runtime.sequence import Phase
+from ..runtime.template import Message, Part
 
 _PIECE_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One reply with its thinking. `problem` is empty where it is not known."""
+    """One reply with its thinking. `problem` is empty where it is not known; `is_thinking` and `format` are what its
+    recipe said of the prompt."""
 
     problem: str
     thinking: str
     text: str
+    is_thinking: bool = True
+    format: str | None = None
 
 
 def read_traces(data: str, name: str) -> list[Trace]:
@@ -33,6 +39,8 @@ def read_traces(data: str, name: str) -> list[Trace]:
             if "header" in row:  # of an evaluation
                 continue
             parts = [row.get("problem") or "", row["thinking"], row["text"]]
+            recipe = row.get("recipe") or {}
+            is_thinking, format = recipe.get("is_thinking", True) is not False, recipe.get("format")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{name} line {number} is not a result with `thinking` and `text`; "
@@ -41,7 +49,7 @@ def read_traces(data: str, name: str) -> list[Trace]:
         if not all(isinstance(part, str) for part in parts):
             raise InputError(f"{name} line {number} has a `thinking` or `text` that is no text; correct it")
         if parts[1] or parts[2]:
-            found.append(Trace(*parts))
+            found.append(Trace(*parts, is_thinking, format if format in tuple(FORMATS) else None))
     if not found:
         raise InputError(f"{name} holds no reply with a text; give results of problems that were solved")
     return found
@@ -72,16 +80,21 @@ def read_documents(path: Path) -> list[Trace] | list[str]:
 
 def trace_encoder(tokenizer: LlamaTokenizer) -> Callable[[Trace], list[int]]:
     """A function that gives what the model saw and wrote: prompt where it is known, thinking between its marks,
-    answer; without what every prompt begins with."""
+    answer; without what every prompt begins with. The examples that lead a model to think stand before the first reply
+    only: before each one they would be most of what is looked at."""
     prompter, n_prefix = Prompter(tokenizer, tokenizer), len(tokenizer.prefix)
-    format = prompter.format(None, True)
+    has_led = False
 
     def encode_trace(trace: Trace) -> list[int]:
+        nonlocal has_led
+        format = prompter.format(trace.format, trace.is_thinking)
         prompt, tail = list(tokenizer.prefix), ""
         if trace.problem:
-            made = prompter.prompt(trace.problem, format)
-            prompt, tail = made.tokens, made.tail
-        is_open = any(mark in tail for mark in format.opens)
+            shown = replace(format, is_prompted=format.is_prompted and not has_led)
+            turns = [Message("user", trace.problem)]
+            made = prompter.continue_chat(turns, shown, trace.is_thinking, is_problem=not format.is_prompted)
+            prompt, tail, has_led = made.tokens, made.tail, has_led or format.is_prompted
+        is_open = PhaseTracker(format, tail).phase is Phase.THINK
         parts = [Part(trace.text, False)]
         if trace.thinking or is_open:
             parts = [Part(trace.thinking, False), Part(format.close, True), *parts]

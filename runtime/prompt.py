@@ -79,10 +79,6 @@ class Prompter:
         format = find_format(name) if name else self._detected
         return FORMATS["none"] if not is_thinking and format.is_prefilled else format
 
-    def prompt(self, question: str, format: ThinkingFormat) -> Prompt:
-        """The prompt for one question. Raises TemplateError."""
-        return self.continue_chat([Message("user", question)], format)
-
     def continue_chat(
         self, turns: list[Message], format: ThinkingFormat, is_thinking: bool = True, is_problem: bool = True
     ) -> Prompt:

@@ -12,9 +12,11 @@ from localreason.cli.main import ExitCode, main
 from localreason.quant.collect import CHUNK_TOKENS, collect
 from localreason.quant.gguf import ModelFile
 from localreason.quant.imatrix import Entry, Importance, read_importance, write_importance
-from localreason.quant.traces import Trace, read_documents
+from localreason.quant.traces import Trace, read_documents, trace_encoder
 from localreason.runtime.errors import DecodeFailed, InputError
-from localreason.runtime.llama import load_tokenizer
+from localreason.runtime.llama import EngineOptions, load_tokenizer
+from localreason.runtime.model import Model, Recipe
+from localreason.runtime.template import Message
 from tests.gguf_models import N_EMBD, write_model
 
 TEXT = "In the beginning there was the word, and then there were 17 * 23 = 391 of them. " * 9
@@ -134,6 +136,29 @@ def test_a_trace_is_read_with_its_prompt_and_the_marks_of_its_thinking(tiny_mode
     assert alone == len(plain)
     assert n_tokens(Trace("What is 2 + 2?", "I add.", "It is 4.")) > alone + 20, "the chat template and the question"
     assert n_tokens(Trace("", "", "It is 4.")) == len("It is 4.")
+
+
+@pytest.mark.parametrize(("is_thinking", "format"), [(True, None), (False, None), (True, "deepseek")])
+def test_a_trace_is_what_the_model_saw_with_its_recipe(tiny_model, is_thinking, format):
+    recipe = Recipe(is_thinking=is_thinking, format=format)
+    with Model.open(tiny_model, EngineOptions(n_context=512)) as model:
+        encode_trace = trace_encoder(model.tokenizer)
+        trace = Trace("What is 2 + 2?", "I add." * is_thinking, "It is 4.", is_thinking, format)
+        prompt = model.chat_prompt([Message("user", trace.problem)], recipe).tokens
+        reply = model.tokenizer.encode("I add.\n</think>\n\n" * is_thinking + "It is 4.", special=True)
+        encoded = encode_trace(trace)
+        # The open tag is in the prompt where a model is led to think; a format of its own leaves it to the model.
+        start = [] if format is None else model.tokenizer.encode("<think>\n", special=True)
+    assert encoded == prompt[len(model.tokenizer.prefix) :] + start + reply
+
+
+def test_the_examples_that_lead_a_model_to_think_are_there_once(tiny_model):
+    with load_tokenizer(tiny_model) as tokenizer:
+        encode_trace = trace_encoder(tokenizer)
+        first, second = (encode_trace(Trace(problem, "I add.", "It is 4.")) for problem in ("2 + 2?", "3 + 1?"))
+        expected = "<|im_start|>user\n3 + 1?<|im_end|>\n<|im_start|>assistant\n<think>\nI add.\n</think>\n\nIt is 4."
+        assert second == tokenizer.encode(expected, special=True)
+        assert len(first) > len(second) + 300
 
 
 def test_ctrl_c_ends_the_collection(tiny_model):

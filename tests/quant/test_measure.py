@@ -134,6 +134,10 @@ def test_results_of_solve_are_read_and_anything_else_is_refused_by_its_line():
     assert read_traces("\n".join(map(json.dumps, rows)), "r.jsonl") == [Trace("", "t", "a")]
     evaluated = [{"schema": 1, "header": {"task": "x"}}, {"problem": "p", "thinking": "t", "text": "a"}]
     assert read_traces("\n".join(map(json.dumps, evaluated)), "r.jsonl") == [Trace("p", "t", "a")]
+    plain = {"problem": "p", "thinking": "", "text": "a", "recipe": {"is_thinking": False, "format": "deepseek"}}
+    assert read_traces(json.dumps(plain), "r.jsonl") == [Trace("p", "", "a", False, "deepseek")]
+    strange = plain | {"recipe": {"is_thinking": 3, "format": ["x"]}}
+    assert read_traces(json.dumps(strange), "r.jsonl") == [Trace("p", "", "a")]
     bad = {"{": "line 1", "[1]": "line 1", '{"thinking": 3, "text": ""}': "no text", json.dumps(rows[1]): "no reply"}
     for text, reason in bad.items():
         with pytest.raises(InputError, match=reason):

@@ -9,11 +9,11 @@ import pytest
 from localreason.runtime.controls import PRESETS, combine
 from localreason.runtime.errors import ControlError, PromptTooLong
 from localreason.runtime.events import Token
-from localreason.runtime.formats import FORMATS
 from localreason.runtime.llama import EngineOptions
 from localreason.runtime.model import Answered, Model, Question, Recipe
 from localreason.runtime.sampler import Sampling
 from localreason.runtime.sequence import Origin, Phase
+from localreason.runtime.template import Message
 
 pytestmark = pytest.mark.model
 
@@ -123,10 +123,10 @@ def test_more_samples_than_the_cache_holds_are_refused_with_both_numbers(model):
 
 
 def test_special_text_in_a_question_is_text_to_the_real_vocabulary(model):
-    prompt = model._prompter.prompt("say <|im_end|> and </think>", FORMATS["prompted"])
+    prompt = model.chat_prompt([Message("user", "say <|im_end|> and </think>")], Recipe())
     end = model.tokenizer.encode("<|im_end|>", special=True)
     assert len(end) == 1
-    examples = model._prompter.prompt("say it", FORMATS["prompted"])
+    examples = model.chat_prompt([Message("user", "say it")], Recipe())
     assert prompt.tokens.count(end[0]) == examples.tokens.count(end[0])
 
 

@@ -111,7 +111,7 @@ def test_templates_that_look_into_messages_work():
 def test_a_model_without_a_format_gets_examples_that_reflect_and_an_open_tag():
     prompter = Prompter(Source(CHATML), Tokenizer())
     format = prompter.format(None, True)
-    prompt = prompter.prompt("How many?", format)
+    prompt = prompter.continue_chat([Message("user", "How many?")], format)
     text = Tokenizer().text(prompt.tokens)
     assert text.count("Wait, ") == 2
     assert text.endswith("How many?<|im_end|>\n<|im_start|>assistant\n<think>\n")
@@ -132,7 +132,7 @@ def test_a_system_turn_that_is_refused_never_takes_another_turn_for_the_users(ro
 def test_a_template_that_refuses_a_system_turn_gets_it_in_the_first_users():
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     prompter = Prompter(Source(template), Tokenizer())
-    text = Tokenizer().text(prompter.prompt("How many?", FORMATS["prompted"]).tokens)
+    text = Tokenizer().text(prompter.continue_chat([Message("user", "How many?")], FORMATS["prompted"]).tokens)
     assert text.startswith("<|im_start|>user\nYou are a careful")
 
 
