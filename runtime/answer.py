@@ -25,6 +25,8 @@ _MOST_LEADS = 32
 """A model that repeats itself for ever must not cost a look at the rest of its reply for each lead."""
 _LONGEST_TEXT = 40
 """Characters of a line that is an answer as it stands; a longer one is a sentence."""
+_IS, _VERDICT = re.compile(r"is[\s*]*$"), re.compile(r"(?:(?:in)?correct|right|wrong|not)\b", re.IGNORECASE)
+"""`The final answer is correct` tells none."""
 _ITEM = re.compile(r"(?:[-+*•]|1[.)])[ \t]+\S")
 """An item of a list is a step or one of several answers."""
 _MARKS = re.compile(r"\*\*(?!\w)|(?<!\w)\*\*|`|(?<!\\)\\[()\[\]]")
@@ -72,6 +74,8 @@ _UNIT = re.compile(
 _UNIT_TEXT = re.compile(
     r"(?:(?<=\d)|(?<=[\d}]\}))\s*\\(?:text|mathrm|mbox)\s*\{(?!\s*[ei]\s*\})[a-zA-Z\s./]+\}(?:\^\{?\d\}?)?$"
 )
+_CALCULATION = re.compile(r"[\d)}]\s*(?:[-+*×]|\\times|\\cdot)\s*[\d({\\](?!0\s*\^)")
+"""Such as `6 + 7`, which is a question and not its answer; `3 * 10^5` is a number."""
 _MIXED = re.compile(r"^([-+]?\d+) (\d+)/(\d+)$")
 _SCIENTIFIC = re.compile(r"[-+]?\d+(?:\.\d+)?[eE][-+]?\d{1,2}")
 _BASE = re.compile(r"(?<=[\dA-F])_\{?(\d+)\}?")
@@ -127,7 +131,8 @@ def _follow(text: str, lead: re.Match[str]) -> str | None:
     if choice:
         return choice[1]
     is_text = ("final" in lead[0].lower() or lead[0].startswith("####")) and len(line) <= _LONGEST_TEXT
-    return _maths(line) or (_checked(line) if is_text else None)
+    is_verdict = bool(_IS.search(lead[0]) and _VERDICT.match(line))
+    return _maths(line) or (_checked(line) if is_text and not is_verdict else None)
 
 
 def _maths(line: str) -> str | None:
@@ -195,6 +200,10 @@ def _is_equal(one: str, other: str) -> bool:
         return True
     if _PLAIN.fullmatch(one) and _PLAIN.fullmatch(other):
         return Decimal(one) == Decimal(other)  # a float would take two long integers for one
+    if any(
+        _PLAIN.fullmatch(plain) and _CALCULATION.search(asked) for plain, asked in ((one, other), (other, one))
+    ):  # math-verify would work it out
+        return False
     bases = [_BASE.findall(text) for text in (one, other)]
     if all(bases) and bases[0] != bases[1]:
         return False
