@@ -1,5 +1,6 @@
 """Problems from an argument, a file or standard input; a bad row is reported and the others go on."""
 
+import codecs
 import csv
 import io
 import json
@@ -72,6 +73,11 @@ def read(argument: str, remedy: str = "check its name") -> tuple[list[Problem], 
 
 def parse(data: bytes, name: str, kind: str = ".jsonl") -> tuple[list[Problem], list[BadRow]]:
     """The problems in the content of a file of that suffix. Raises InputError where there is nothing to do."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # what PowerShell writes
+        try:
+            data = data.decode("utf-16").encode()
+        except UnicodeError as error:
+            raise InputError(f"{name} is broken UTF-16; save it as UTF-8") from error
     if not data.removeprefix(b"\xef\xbb\xbf").strip():
         raise InputError(f"{name} is empty; give one problem a line")
     if kind not in SUFFIXES:
@@ -151,16 +157,21 @@ def _from_text(data: bytes) -> Iterator[Problem | BadRow]:
 def _from_csv(data: bytes) -> Iterator[Problem | BadRow]:
     # Undecodable bytes become lone surrogates, so that only the rows that hold them are refused.
     text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = list(io.StringIO(text, newline=""))
+    reader, n_before = csv.reader(lines, strict=True), 0
     header: list[str] | None = None
     while True:
-        number = reader.line_num + 1
+        number = n_before + reader.line_num + 1
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield BadRow(number, f"malformed CSV: {error}")
+            if n_before + reader.line_num == number:
+                yield BadRow(number, f"malformed CSV: {error}")
+            else:  # what was read with it may be rows of their own
+                yield BadRow(number, "malformed CSV: a quote that is not closed")
+                reader, n_before = csv.reader(lines[number:], strict=True), number
             continue
         if not any(cell.strip() for cell in cells):
             continue
@@ -180,9 +191,11 @@ def _problem(value: Any, line: int) -> Problem | BadRow:
         return BadRow(line, 'not an object; write {"problem": ...}')
     text = next((value[key] for key in _TEXT_KEYS if value.get(key) is not None), None)
     if text is None:
-        return BadRow(line, "the key 'problem' is missing")
+        return BadRow(line, "the key 'problem' is missing or null")
     if not isinstance(text, str) or isinstance(text, _Number) or not text.strip():
         return BadRow(line, f"the problem is {text!r}; give a text that is not empty")
+    if "\0" in text:
+        return BadRow(line, "the problem holds a NUL character; save the file as a text in UTF-8")
     choices = value.get("choices")
     if isinstance(choices, list) and choices:
         if len(choices) > len(LETTERS) or not all(isinstance(choice, str | bool) for choice in choices):

@@ -68,6 +68,33 @@ def test_csv_knows_quotes_and_refuses_rows_of_another_width():
     assert [row.line for row in bad] == [4, 5]
 
 
+def test_a_quote_that_is_not_closed_costs_its_own_row_only():
+    text = 'problem,answer\none,1\n"two,2\nthree,3\n"fo,ur",4\nfive,5\n"six,6\n'
+    problems, bad = read(write("p.csv", text.encode()))
+    assert [(row.id, row.text, row.answer) for row in problems] == [
+        ("2", "one", "1"),
+        ("4", "three", "3"),
+        ("5", "fo,ur", "4"),
+        ("6", "five", "5"),
+    ]
+    assert [row.line for row in bad] == [3, 7]
+    assert "a quote that is not closed" in bad[0].reason
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_what_powershell_writes_is_read(encoding: str):
+    data = "\ufeffproblem,answer\r\nWie groß?,3\r\n".encode(encoding)
+    assert read(write("p.csv", data))[0] == [Problem("2", "Wie groß?", "3", 2)]
+    with pytest.raises(InputError, match="broken UTF-16"):
+        read(write("p.csv", data + b"x"))
+
+
+def test_text_of_another_encoding_without_its_mark_is_refused():
+    problems, bad = read(write("p.txt", "one\ntwo\n".encode("utf-16-le")))
+    assert not problems
+    assert "NUL character" in bad[0].reason
+
+
 def test_a_csv_without_the_column_is_refused():
     with pytest.raises(InputError, match="names no column 'problem'"):
         read(write("p.csv", b"a,b\n1,2\n"))
