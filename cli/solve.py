@@ -113,7 +113,7 @@ def solve(
 def _output(question: str, output: Path | None) -> Path | None:
     """Where the results of a file go; None for standard output."""
     if output is not None or question == "-":
-        return output
+        return None if output == Path("-") else output
     return Path(f"{Path(question).stem}.results.jsonl")
 
 

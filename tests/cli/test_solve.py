@@ -85,6 +85,12 @@ def test_a_file_gives_a_row_for_each_problem(model: str, problems: Problems, cap
     assert "2/2 right (100%)" in out
 
 
+def test_a_dash_for_the_results_is_standard_output(model: str, problems: Problems, capfd: pytest.CaptureFixture[str]):
+    assert solve(problems("one"), "--model", model, "-o", "-") == ExitCode.OK
+    assert json.loads(capfd.readouterr().out)["id"] == "p0"
+    assert not Path("-").exists()
+
+
 def test_a_wrong_answer_is_graded_wrong_and_an_unknown_one_not_at_all(model: str, problems: Problems):
     assert solve(problems("one", answer="8"), "--model", model) == ExitCode.OK
     assert solve(problems("one", answer=None, name="other.jsonl"), "--model", model) == ExitCode.OK
