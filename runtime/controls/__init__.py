@@ -83,14 +83,22 @@ def _split(text: str) -> tuple[str, dict[str, str]]:
     name, _, rest = text.partition(":")
     if name not in CONTROLS:
         raise ControlError(f"there is no control {name!r}; choose one of {', '.join(CONTROLS)}")
-    values = {}
-    for pair in filter(None, rest.split(",")):
+    values: dict[str, str] = {}
+    texts = {item.name for item in fields(CONTROLS[name].Parameters) if isinstance(item.default, str)}
+    last = ""
+    for pair in rest.split(","):
         key, equals, value = pair.partition("=")
+        if last in texts and not (equals and key.strip().isidentifier()):
+            values[last] += f",{pair}"  # a comma of the text's own
+            continue
+        if not pair:
+            continue
         if not equals:
             raise ControlError(f"{name}: {pair!r} is not of the form parameter=value")
-        if key.strip() in values:
-            raise ControlError(f"{name}: {key.strip()} is given twice; give it once")
-        values[key.strip()] = value
+        last = key.strip()
+        if last in values:
+            raise ControlError(f"{name}: {last} is given twice; give it once")
+        values[last] = value
     return name, values
 
 

@@ -119,7 +119,8 @@ class BudgetForcing(Control):
             is_due = sequence.is_whole_text or remaining <= -_N_BROKEN
             reason = "answer asked for" if sequence.is_hurried else "limit"
         else:
-            slack = min(self.parameters.slack, min(self._max, self._total) // 8)
+            longest = min(self._max, self._total, sequence.n_block_thinking + remaining)
+            slack = min(self.parameters.slack, longest // 8)
             is_line_end = remaining <= slack and sequence.thinking.endswith("\n") and sequence.n_block_thinking > 0
             is_line_end &= sequence.counts.thinking >= self._min
             is_due, reason = (

@@ -90,6 +90,8 @@ class TestBudget:
         assert one.counts.thinking == 24
         [two], _, _ = run({"Q<think>": "a" * 37 + "\n" + "b" * 20, LEAD: "7"}, ["budget:max=40,min=40"])
         assert two.counts.thinking == 40
+        [three], _, _ = run({"Q<think>": "a\n" + "b" * 40, LEAD: "7"}, ["budget:max=100"], limit=48)
+        assert three.thinking.startswith("a\nb"), "the limit of the reply is as small"
 
     @pytest.mark.parametrize(("limit", "n_context", "finish"), [(60, 4096, "length"), (None, 62, "context")])
     def test_a_limit_of_the_whole_reply_leaves_room_for_the_answer(self, limit, n_context, finish):
@@ -593,6 +595,12 @@ class TestTable:
     def test_mistakes_are_named(self, texts, message):
         with pytest.raises(ControlError, match=message):
             combine(None, texts)
+
+    def test_a_text_may_hold_commas(self):
+        [budget] = combine(None, ["budget:max=9,wait=Wait, let me check, please,ignore=1"])
+        assert (budget.max, budget.wait, budget.ignore) == (9, "Wait, let me check, please", 1)
+        with pytest.raises(ControlError, match="no parameter 'ingore'"):
+            combine(None, ["budget:wait=Wait, ingore=1"])
 
     def test_contradictions_pass_when_insisted_upon(self):
         assert [p.control for p in combine(None, ["suppress", "budget:ignore=1"], insist=True)] == [
