@@ -1,5 +1,6 @@
 """`Engine` and `Tokenizer` over one GGUF file, by llama.cpp."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -231,10 +232,12 @@ class LlamaEngine:
 def load(path: Path, options: EngineOptions | None = None) -> tuple[LlamaEngine, LlamaTokenizer]:
     """Open a GGUF file, or the model of which it is a part; closing the engine frees both. Raises ModelError,
     OutOfMemory."""
-    pieces, options = read_local(Path(path)), _complete(options or EngineOptions())
+    asked = options or EngineOptions()
+    pieces, options = read_local(Path(path)), _complete(asked)
     path, header = Path(pieces[0].name), join(pieces)  # llama.cpp finds the other parts by the first
     check_header(header.values, path)
     fitted = _fit(header, options)
+    fitted = replace(fitted, notes=(*_unmet(asked, _n_train(header)), *fitted.notes))
     model = Model(path, fitted.n_gpu_layers, options.use_mmap, header=header.values)
     try:
         tokenizer = LlamaTokenizer(model)
@@ -266,6 +269,23 @@ def _complete(options: EngineOptions) -> EngineOptions:
     )
 
 
+def _n_train(header: Header) -> int:
+    """Tokens that the model was trained for."""
+    found = header.values.get(f"{header.values.get('general.architecture')}.context_length")
+    return found if isinstance(found, int) and found > 0 else _N_CONTEXT_UNKNOWN
+
+
+def _unmet(asked: EngineOptions, n_train: int) -> Iterator[str]:
+    """What was asked for and is not to be had, whatever the memory."""
+    if asked.n_gpu_layers and not library().llama_supports_gpu_offload():
+        yield (
+            f"none of the {asked.n_gpu_layers} layers is on a GPU: llama.cpp is built without one, or finds none; see "
+            f"`localreason doctor`"
+        )
+    if asked.n_context is not None and asked.n_context > n_train and asked.n_busy == 1:
+        yield f"a reply with its prompt has room for {n_train} of {asked.n_context} tokens: for no more was it trained"
+
+
 def free_memory(is_gpu_wanted: bool = True) -> Free:
     """What is free now on this machine and, if they are wanted, on its GPUs."""
     gpu = devices.gpu_memory() if is_gpu_wanted else None
@@ -277,10 +297,9 @@ def free_memory(is_gpu_wanted: bool = True) -> Free:
 def _fit(header: Header, options: EngineOptions) -> Fit:
     """What the memory that is free now holds of the options. Raises OutOfMemory, ModelUnsupported."""
     free = free_memory(options.n_gpu_layers != 0)
-    n_train = header.values.get(f"{header.values.get('general.architecture')}.context_length")
     wish = Wish(
         options.n_context,
-        n_train if isinstance(n_train, int) and n_train > 0 else _N_CONTEXT_UNKNOWN,
+        _n_train(header),
         options.n_needed,
         options.cache_type,
         _ALL_LAYERS if options.n_gpu_layers is None and free.gpu_bytes is None else options.n_gpu_layers,

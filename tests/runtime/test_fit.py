@@ -10,6 +10,7 @@ from localreason.runtime.fit import Fit, Free, Wish, fit
 from localreason.runtime.header import Header, TensorEntry
 from localreason.runtime.llama import EngineOptions, load
 from localreason.runtime.memory import split_usage
+from localreason.runtime.native import library
 from localreason.runtime.schemes import SCHEMES
 from tests.gguf_models import write_model
 
@@ -135,6 +136,11 @@ def test_what_loading_reduces_is_told_by_the_engine(tmp_path: Path, monkeypatch:
     with load(path, EngineOptions(n_sequences=8, n_needed=4096, n_threads=1))[0] as engine:
         assert engine.n_context < 4096
         assert f"{engine.n_context} of 4096 tokens" in engine.notes[0]
+    with load(path, EngineOptions(n_context=1024, n_sequences=2, n_threads=1, n_gpu_layers=3))[0] as engine:
+        assert engine.n_context_sequence == 512
+        assert "room for 512 of 1024 tokens" in engine.notes[-1]
+        if not library().llama_supports_gpu_offload():
+            assert "none of the 3 layers is on a GPU" in engine.notes[0]
     monkeypatch.setattr(llama, "available_bytes", lambda: 100 << 20)
     with pytest.raises(OutOfMemory, match="close other programs"):
         load(path)
