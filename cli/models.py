@@ -1,13 +1,12 @@
 """`localreason models`: list, fetch, inspect and remove model files."""
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..runtime.errors import ModelBroken, ModelNotFound
+from ..runtime.errors import ModelNotFound
 from . import build, checksum, config
 from .say import safe
 from .store import CATALOGUE, DEMO, RECOMMENDED, demo, find, list_stored, parts, pull, remove
@@ -114,32 +113,18 @@ def _row(name: str, reference: str, path: Path | None, n_bytes: int, licence: st
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """What a GGUF header says of the model."""
-    from gguf import GGUFReader
-
+    """What a GGUF header says of the model. Raises ModelError."""
     from ..runtime.formats import detect
+    from ..runtime.parts import join, read_local
 
-    try:
-        reader = GGUFReader(path)
-        names = [f"general.{name}" for name in ("architecture", "name", "size_label", "license")]
-        found: dict[str, Any] = {}
-        for name in [*names, "tokenizer.chat_template"]:
-            field = reader.get_field(name)
-            if field is not None:
-                found[name] = str(field.contents())
-        length = reader.get_field(f"{found.get('general.architecture')}.context_length")
-        n_context = length.contents() if length is not None else None
-        n_tensors = len(reader.tensors)
-    except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
-        raise ModelBroken(f"{path} is not a readable GGUF file: {error}; pull it again") from error
-    template = found.pop("tokenizer.chat_template", None)
-    shown = {re.sub(r"^general\.", "", key): value for key, value in found.items()}
-    if "name" in shown:
-        shown["title"] = shown.pop("name")
+    header = join(read_local(path))
+    told = {key: value for key, value in header.values.items() if isinstance(value, str)}
+    names = {"architecture": "architecture", "name": "title", "size_label": "size_label", "license": "license"}
+    n_context = header.values.get(f"{told.get('general.architecture')}.context_length")
     return {
-        **shown,
+        **{shown: told[key] for name, shown in names.items() if (key := f"general.{name}") in told},
         "context_length": n_context if isinstance(n_context, int) else None,
-        "tensors": n_tensors,
-        "chat_template": bool(template),
-        "thinking_format": detect(template, found).name,
+        "tensors": len(header.tensors),
+        "chat_template": bool(told.get("tokenizer.chat_template")),
+        "thinking_format": detect(told.get("tokenizer.chat_template"), told).name,
     }

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import filelock
 import gguf
+import numpy as np
 import pytest
 
 from localreason.cli import store
@@ -136,6 +137,7 @@ def test_show_reads_the_header(folder: Path, home: Path, capfd: pytest.CaptureFi
     writer = gguf.GGUFWriter(home / "tiny.gguf", "llama")
     writer.add_context_length(512)
     writer.add_chat_template("{{ '<think>' }}")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -219,6 +219,9 @@ def test_a_split_model_is_loaded_and_chosen_by_any_of_its_parts(home: Path, capf
     assert all(np.array_equal(rows[0], row) for row in rows)
     assert main(["quant", "choose", str(parts[1]), "--context", "256"]) == ExitCode.OK
     assert "Take tiny-00002-of-00003.gguf with 256 tokens" in capfd.readouterr().out
+    assert main(["models", "show", str(parts[1]), "--json"]) == ExitCode.OK
+    n_tensors = sum(type_sum.n_tensors for type_sum in report(parts[0]).types)
+    assert json.loads(capfd.readouterr().out)["tensors"] == n_tensors > len(parts)
 
 
 def test_a_header_that_counts_other_tensors_than_its_parts_hold_is_told(home: Path):
