@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES
 
 from ..runtime.devices import GpuMemory, gpu_memory
 from ..runtime.errors import InputError, OutputError
 from ..runtime.files import replacing
 from ..runtime.room import available_bytes
+from ..runtime.schemes import SCHEMES
 from . import probe
 from .errors import ProtocolError
 
@@ -27,7 +27,7 @@ RESERVE_BYTES = 512 << 20
 """Of the free memory, left to the rest of the machine."""
 _MOST, _LEAST_SPEED = 1e18, 1e-3
 _N_TEXT, _N_TYPES, _N_JSON = 120, 64, 65536
-_BITS = {kind.name: 8 * n_bytes / n_values for kind, (n_values, n_bytes) in GGML_QUANT_SIZES.items()}
+_BITS = {name: scheme.bits for name, scheme in SCHEMES.items()}
 _MAY_BE_ZERO = ("gpu_memory_bytes", "gpu_speed", "memory_bytes", "disk_sequential", "disk_random")
 _COUNTS = ("memory_bytes", "gpu_memory_bytes", "n_threads")
 

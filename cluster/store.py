@@ -19,14 +19,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..quant.gguf import ARCHITECTURES, ModelFile, Part, Window, locate, padded
+from ..quant.gguf import ARCHITECTURES, ModelFile, Part, Window, blocks, locate, padded
 from ..runtime.errors import ModelError, ModelUnsupported
 from ..runtime.files import replacing
 from ..runtime.header import check_header, read_header
 from ..runtime.parts import part_names
 from .errors import ClusterError, ProtocolError
 
-_BLOCK = 1 << 20
 _MOST_PARTS = 1 << 16
 _LONGEST_HEADER = 16 << 20
 _LOCK_SECONDS = 600
@@ -288,7 +287,7 @@ class Building:
         self._file.seek(self._offsets[index])
         digest = hashlib.sha256()
         try:
-            for block in _blocks(*found, piece.n_bytes):
+            for block in blocks(*found, piece.n_bytes):
                 digest.update(block)
                 self._write(block)
         except ModelError:
@@ -345,23 +344,9 @@ class Building:
         self._lock.release()
 
 
-def _blocks(path: Path, offset: int, n_bytes: int) -> Iterable[bytes]:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            while n_bytes:
-                block = file.read(min(n_bytes, _BLOCK))
-                if not block:
-                    raise ModelError(f"{path} became shorter while it was read; get it again")
-                n_bytes -= len(block)
-                yield block
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-
-
 def _digest(path: Path, offset: int, n_bytes: int) -> bytes:
     sha = hashlib.sha256()
-    for block in _blocks(path, offset, n_bytes):
+    for block in blocks(path, offset, n_bytes):
         sha.update(block)
     return sha.digest()
 

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from ..runtime.errors import ModelBroken, ModelUnsupported
 from ..runtime.header import Header, TensorEntry, check_header
+from ..runtime.memory import scheme_of, tensor_bytes
 from ..runtime.native import dequantize
 from ..runtime.parts import Piece, join, read_local
+from ..runtime.schemes import KINDS, SCHEMES
 
 ALIGNMENT = 32
 _N_STUB = 32
@@ -34,7 +35,7 @@ _N_STUB = 32
 _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
 _FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _LAYER = re.compile(r"blk\.([0-9]{1,9})\..+", re.DOTALL)
-_F32, _F16 = int(GGMLQuantizationType.F32), int(GGMLQuantizationType.F16)
+_F32, _F16 = SCHEMES["F32"].kind, SCHEMES["F16"].kind
 _READ_BYTES = 1 << 20
 
 
@@ -72,7 +73,7 @@ class Tensor:
 
     @property
     def type_name(self) -> str:
-        return GGMLQuantizationType(self.kind).name
+        return KINDS[self.kind].name
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,21 @@ def locate(files: Iterable[tuple[Path, int]], offset: int) -> tuple[Path, int]:
     raise ValueError(f"byte {offset} lies behind the end")
 
 
+def blocks(path: Path, offset: int, n_bytes: int) -> Iterator[bytes]:
+    """A range of a file in blocks. Raises ModelBroken where the file shrank or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while n_bytes:
+                block = file.read(min(n_bytes, _READ_BYTES))
+                if not block:
+                    raise ModelBroken(f"{path} became shorter while it was read; get it again")
+                n_bytes -= len(block)
+                yield block
+    except OSError as error:
+        raise ModelBroken(f"{path} cannot be read: {error.strerror}") from error
+
+
 class ModelFile:
     """A GGUF model's metadata and tensor table, of one file or of several parts; the weights stay on disk."""
 
@@ -131,18 +147,11 @@ class ModelFile:
         self.architecture: str = str(self.header.values.get("general.architecture", ""))
 
     def _tensor(self, entry: TensorEntry, piece: Piece, start: int) -> Tensor:
-        try:
-            n_values, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(entry.kind)]
-        except (ValueError, KeyError) as error:
-            raise ModelUnsupported(
-                f"{piece.name}: the tensor {entry.name!r} is of type {entry.kind}, which this version does not know; "
-                f"update localreason"
-            ) from error
-        size = math.prod(entry.shape)
+        size, n_values = math.prod(entry.shape), scheme_of(entry).n_values
         offset = piece.header.data_offset + entry.offset
         if entry.shape[0] % n_values or not 0 < size < 1 << 48:
             raise ModelBroken(f"{piece.name}: the tensor {entry.name!r} has the shape {entry.shape}; get it again")
-        total = size // n_values * n_bytes
+        total = tensor_bytes(entry)
         if offset + total > piece.n_bytes:
             raise ModelBroken(
                 f"{piece.name} is truncated: the tensor {entry.name!r} ends at {offset + total} and the file at "
@@ -343,19 +352,10 @@ class ModelFile:
         return sha.digest()
 
     def read(self, part: Part, start: int = 0) -> Iterator[bytes]:
-        """The bytes of a part of the source from `start` on, in blocks. Raises ModelBroken where the file shrank."""
-        if part.source_offset is None:
-            return
-        path, offset = locate(self.files, part.source_offset)
-        with path.open("rb") as file:
-            file.seek(offset + start)
-            left = part.n_bytes - start
-            while left:
-                block = file.read(min(left, _READ_BYTES))
-                if not block:
-                    raise ModelBroken(f"{path} became shorter while it was read; get it again")
-                left -= len(block)
-                yield block
+        """The bytes of a part of the source from `start` on, in blocks. Raises ModelBroken."""
+        if part.source_offset is not None:
+            path, offset = locate(self.files, part.source_offset)
+            yield from blocks(path, offset + start, part.n_bytes - start)
 
 
 def _text(text: str) -> bytes:
