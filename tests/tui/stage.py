@@ -124,7 +124,7 @@ class Backend:
             Offer("qwen3-1.7b", 1_830_000_000, summary="for laptops with 4 GB free"),
             Offer("demo", 96_000_000, summary="only demonstrates", is_here=True),
         )
-        return [Suggestion(one, "fits", 8192, "f16", one.n_bytes, 12.0, "It fits with 8192 tokens.") for one in offers]
+        return [Suggestion(one, "fits", 8192, "f16", one.n_bytes, "It fits with 8192 tokens.") for one in offers]
 
     def open(self, name: str, on_event, on_progress) -> Opened:
         if name == "missing":

@@ -35,6 +35,5 @@ class Models(Chooser):
 def _choice(one: Suggestion) -> Choice:
     offer = one.offer
     place = "is here" if offer.is_here else "to fetch"
-    speed = f" · about {one.tokens_per_second:.0f} tok/s" if one.tokens_per_second else ""
-    detail = f"{_SIGNS[one.verdict]} {offer.n_bytes / 1e9:.2f} GB · {place}{speed}"
+    detail = f"{_SIGNS[one.verdict]} {offer.n_bytes / 1e9:.2f} GB · {place}"
     return Choice(offer.name, offer.name, detail, "\n".join(filter(None, (one.reason, offer.summary))))
