@@ -60,7 +60,9 @@ class Candidate:
     is_reinforced: bool = False
     """Trained by reinforcement, as far as the names tell."""
     source_scheme: str = ""
-    """The scheme of fewer bits that its weights were made of, if they were."""
+    """The scheme of fewer bits, or of few, that its weights were made of, if they were."""
+    is_requantised: bool = False
+    """True where that has no fewer bits: the losses of both."""
     has_imatrix: bool = False
     """Made with an importance matrix, as far as the file tells."""
 
@@ -157,7 +159,8 @@ def describe(header: Header, name: str, file_name: str = "") -> Candidate:
         bits_per_weight=precision.bits_per_weight,
         n_bits=precision.weight_bits,
         scheme=precision.scheme,
-        source_scheme=precision.source_scheme if precision.is_inflated else "",
+        source_scheme=precision.source_scheme if precision.is_inflated or precision.is_requantised else "",
+        is_requantised=precision.is_requantised,
         architecture=architecture,
         n_context_train=n_train if isinstance(n_train, int) and n_train > 0 else _N_CONTEXT_UNKNOWN,
         header=header,
@@ -208,14 +211,19 @@ def _preference(option: Option, level: int, wish: _Wish) -> tuple[float, ...]:
     preferred = candidate.n_bits == 8 if not wish.has_more(candidate) else candidate.n_bits > 8
     order = 0 if preferred else 1 if candidate.n_bits >= 8 else 10 - candidate.n_bits
     is_worse = any(one.is_worse(option.cache_type) for one in option.measured)
-    is_blind = candidate.n_bits < _FEW_BITS and not candidate.has_imatrix
+    is_blind = candidate.n_bits < _FEW_BITS and (not candidate.has_imatrix or candidate.is_requantised)
     return (level, is_worse, order, is_blind, len(option.warnings), -candidate.n_parameters, candidate.n_bytes)
 
 
 def _judge(candidate: Candidate, room: Room, wish: _Wish, measured: tuple[Measured, ...]) -> Option:
     n_wanted, is_forced, has_more = wish.n_context, wish.is_forced, wish.has_more(candidate)
     reasons, warnings, is_refused = _weights(candidate, has_more)
-    if candidate.source_scheme:
+    if candidate.is_requantised:
+        warnings.append(
+            f"its weights were quantised a second time: {candidate.scheme} of {candidate.source_scheme} has the losses "
+            f"of both"
+        )
+    elif candidate.source_scheme:
         warnings.append(
             f"its {candidate.scheme} weights were made of {candidate.source_scheme}: the bytes of the one "
             f"with the losses of the other"

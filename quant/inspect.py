@@ -186,6 +186,11 @@ def _warnings(pieces: Sequence[Piece], header: Header, report: Report, cache_typ
     except ModelBroken as error:
         yield str(error)
     yield from _about_types(header, report.file_type)
+    if precision.is_requantised:
+        yield (
+            f"the {precision.scheme} weights were made of {precision.source_scheme} and have the losses of both; take "
+            f"a file made of 16 bits"
+        )
     if precision.is_inflated:
         yield (
             f"the {precision.scheme} weights were made of {precision.source_scheme} and are no better than that; "

@@ -49,7 +49,7 @@ def read_traces(data: str, name: str) -> list[Trace]:
         if not all(isinstance(part, str) for part in parts):
             raise InputError(f"{name} line {number} has a `thinking` or `text` that is no text; correct it")
         if parts[1] or parts[2]:
-            found.append(Trace(*parts, is_thinking, format if format in tuple(FORMATS) else None))
+            found.append(Trace(parts[0], parts[1], parts[2], is_thinking, format if format in tuple(FORMATS) else None))
     if not found:
         raise InputError(f"{name} holds no reply with a text; give results of problems that were solved")
     return found

@@ -13,6 +13,8 @@ nothing is known between."""
 _FEWEST_FOR_4_BIT_CACHE = 14
 _SMALL_QWEN = 7
 _BITS = re.compile(r"\d+")
+_MANY_BITS = 8
+"""Weights of so many may be quantised again for little more loss."""
 _REINFORCED = re.compile(
     r"(?:^|[^a-z0-9])(?:qwq|magistral|deepscaler|deepcoder|skywork-or1|polaris|acereason|open-reasoner-zero|r1-zero|"
     r"phi-4-reasoning-plus|grpo|rlvr|rl)(?:[^a-z0-9]|$)",
@@ -44,6 +46,11 @@ class Precision:
     def is_inflated(self) -> bool:
         """True where the weights were made of some with fewer bits."""
         return self.weight_bits < self._bits(self.scheme)
+
+    @property
+    def is_requantised(self) -> bool:
+        """True where weights of few bits were quantised again: the file has the losses of both."""
+        return bool(self.source_scheme) and not self.is_inflated and self._bits(self.source_scheme) < _MANY_BITS
 
     def _bits(self, scheme: str) -> int:
         found = _BITS.search(scheme)

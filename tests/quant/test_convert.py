@@ -19,6 +19,7 @@ from localreason.quant.choose import Machine, describe, rank
 from localreason.quant.convert import check_target, convert, plan_conversion
 from localreason.quant.gguf import ModelFile
 from localreason.quant.imatrix import Entry, Importance, write_importance
+from localreason.quant.inspect import inspect
 from localreason.quant.request import Request
 from localreason.quant.weights import has_imatrix
 from localreason.runtime.engine import Span
@@ -33,6 +34,7 @@ from localreason.runtime.errors import (
 )
 from localreason.runtime.fit import Free
 from localreason.runtime.llama import EngineOptions, load
+from localreason.runtime.parts import read_local
 from tests.gguf_models import write_model
 
 SHA256 = "ab" * 32
@@ -132,6 +134,17 @@ def test_the_fewest_bits_on_the_way_from_the_first_source_are_recorded(tiny_mode
     assert said == ["F32", "Q4_0", "Q4_0"]
     assert describe(again.header, "again").n_bits == 4
     assert "made of Q4_0" in rank([describe(high.header, "high")], Machine(Free(1 << 40)), 512)[0].warnings[-1]
+
+
+def test_what_was_quantised_twice_comes_behind_its_source_even_with_a_matrix(tiny_model, folder):
+    once = make(tiny_model, folder / "once.gguf", Request("q4_1", is_pure=True))
+    twice = make(once.path, folder / "twice.gguf", Request("q4_0", allows_requantize=True))
+
+    candidates = [replace(describe(twice.header, "twice"), has_imatrix=True), describe(once.header, "once")]
+    options = rank(candidates, Machine(Free(1 << 40)), 512)
+    assert [option.candidate.name for option in options] == ["once", "twice"]
+    assert "Q4_0 of Q4_1 has the losses of both" in options[1].warnings[-1]
+    assert "have the losses of both" in " ".join(inspect(read_local(twice.path)).warnings)
 
 
 @pytest.mark.parametrize(
