@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..runtime.errors import InputError, OutputError
+from ..runtime.errors import InputError, LocalReasonError, OutputError
 from ..runtime.files import replacing
 from . import build, checksum, config, problems
 from .quant_report import drift_lines, paired_lines
@@ -37,7 +37,10 @@ CacheType = Annotated[
 ]
 Problems = Annotated[Path | None, typer.Option("--problems", help="Problems that both models solve.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Solve only the first problems of the file.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Write the result to this JSON file.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Write the result to this JSON file; rows of solved problems are kept beside it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -127,7 +130,7 @@ def measure(
     record: dict[str, Any] = {"schema": SCHEMA, "reference": _describe(sides[0]), "candidate": _describe(sides[1])}
     record |= {"on": None, "drift": None, "problems": None}
     record["versions"] = {name: version(name) for name in ("localreason", "llama-cpp-python")}
-    for lines in _measure(build.wiring(context), sides, on, material, record):
+    for lines in _measure(build.wiring(context), sides, on, material, record, out):
         if not is_json:
             print("\n".join(lines), flush=True)
         try:
@@ -158,7 +161,7 @@ def _sides(context: typer.Context, *named: tuple[str, str]) -> list[Side]:
 
 
 def _measure(
-    wiring: build.Wiring, sides: list[Side], on: _On, material: Material, record: dict[str, Any]
+    wiring: build.Wiring, sides: list[Side], on: _On, material: Material, record: dict[str, Any], out: Path | None
 ) -> Iterator[list[str]]:
     """What was found, in lines, as soon as it stands in the record."""
     if material.text is not None:
@@ -166,7 +169,7 @@ def _measure(
         record["drift"] = asdict(drift)
         yield drift_lines(drift)
     if on.problems is not None:
-        record["on_problems"], comparison = _paired(wiring, sides, on.problems, material.problems)
+        record["on_problems"], comparison = _paired(wiring, sides, on.problems, material.problems, out)
         record["problems"] = asdict(comparison)
         yield paired_lines(comparison)
 
@@ -226,7 +229,7 @@ def _read_problems(file: Path) -> list[problems.Problem]:
 
 
 def _paired(
-    wiring: build.Wiring, sides: list[Side], file: Path, todo: list[problems.Problem]
+    wiring: build.Wiring, sides: list[Side], file: Path, todo: list[problems.Problem], out: Path | None
 ) -> "tuple[dict[str, Any], Comparison]":
     """What was solved, and how the two differ; one model is open at a time."""
     from ..quant.paired import compare_outcomes
@@ -236,42 +239,52 @@ def _paired(
     with wiring.open_model(sides[1].path, options, sides[1].settings):
         pass
     try:
-        found = [_solve(wiring, side, todo) for side in sides]
-    except KeyboardInterrupt:
-        tell(
-            "what was solved is not kept here; `localreason eval` with each file, then `eval compare "
-            "--across-models`, keeps every row and goes on where it stopped"
-        )
+        found = [_solve(wiring, side, todo, out) for side in sides]
+    except (LocalReasonError, KeyboardInterrupt):
+        kept = "what was solved is not kept without --out" if out is None else "the same command goes on from here"
+        tell(f"not all is solved; {kept}")
         raise
     recipe = build.make_recipe(sides[0].settings)
     row = {"name": file.name, "n": len(todo), "recipe": build.describe(recipe, sides[0].settings)}
     return row, compare_outcomes(found[0], found[1], len(todo), recipe.seed)
 
 
-def _solve(wiring: build.Wiring, side: Side, todo: list[problems.Problem]) -> "dict[str, Outcome]":
-    from ..quant.paired import outcomes
+def _solve(wiring: build.Wiring, side: Side, todo: list[problems.Problem], out: Path | None) -> "dict[str, Outcome]":
+    """What the problems came to that could be run; with `out` each row is kept beside it, and those there are stand."""
+    from ..quant.paired import Outcome
     from ..runtime.model import Answered, Question
+    from .results import Results
+    from .row import make_row
 
-    recipe = build.make_recipe(side.settings)
-    n_parallel = min(side.settings.settings.parallel, len(todo))
-    options = build.make_options(side.settings, recipe, n_parallel, [problem.text for problem in todo])
-    gold = {problem.id: problem.answer for problem in todo}
-    told = _progress(len(todo), f"problems with {side.path.name}")
-
-    def counted(events: Iterator[Any]) -> Iterator[Any]:
-        n_done = 0
-        for event in events:
-            if isinstance(event, Answered):
-                n_done += 1
-                told(n_done)
-            yield event
-
-    questions = [Question(problem.id, problem.text) for problem in todo]
-    with (
-        wiring.open_model(side.path, options, side.settings) as model,
-        closing(model.solve(questions, recipe, n_parallel)) as events,
-    ):
-        return outcomes(counted(events), gold)
+    recipe, by_id = build.make_recipe(side.settings), {problem.id: problem for problem in todo}
+    told = build.describe(recipe, side.settings)
+    model = {"name": side.path.stem, "sha256": checksum.sha256(side.path)}
+    with ExitStack() as stack:
+        kept = None
+        if out is not None:
+            # A file for each model and recipe: what another one answered is neither taken nor in the way.
+            key = hashlib.sha256(json.dumps([model["sha256"], told], sort_keys=True).encode()).hexdigest()[:8]
+            kept = stack.enter_context(
+                closing(Results(out.with_name(f"{out.stem}.{key}.jsonl"), todo, model, told, is_forced=True))
+            )
+        done = {} if kept is None else {row.id: row for row in kept.done.values() if row.id in by_id}
+        left = [problem for problem in todo if problem.id not in done]
+        show = _progress(len(todo), f"problems with {side.path.name}")
+        if left:
+            n_parallel = min(side.settings.settings.parallel, len(left))
+            options = build.make_options(side.settings, recipe, n_parallel, [problem.text for problem in left])
+            opened = stack.enter_context(wiring.open_model(side.path, options, side.settings))
+            questions = [Question(problem.id, problem.text) for problem in left]
+            for event in stack.enter_context(closing(opened.solve(questions, recipe, n_parallel))):
+                if isinstance(event, Answered):
+                    row = make_row(event.result, by_id[event.result.id], model, told)
+                    done[row.id] = row
+                    show(len(done))
+                    if kept is not None:
+                        kept.append(row)
+    # In the order of the problems: the intervals are drawn by it.
+    rows = [done[problem.id] for problem in todo if problem.id in done]
+    return {row.id: Outcome(row.correct, row.tokens["thinking"], row.stop) for row in rows if row.error is None}
 
 
 def _progress(n_all: int, what: str = "chunks") -> Any:

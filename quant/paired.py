@@ -1,15 +1,13 @@
 """Two models on the same problems with the same seeds: accuracy and length of thinking, and what of it is chance."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.answer import is_equal
 from ..runtime.errors import InputError
-from ..runtime.model import Answered
 
 N_RESAMPLES = 10_000
 _N_BLOCK = 1 << 22
@@ -58,18 +56,6 @@ class Comparison:
     reference_unfinished: int
     """Replies that ended otherwise than by the model's own end."""
     candidate_unfinished: int
-
-
-def outcomes(events: Iterable[object], gold: Mapping[str, str | None]) -> dict[str, Outcome]:
-    """The outcomes among the events of `Model.solve` by problem; those that could not be run are left out."""
-    found = {}
-    for event in events:
-        if not isinstance(event, Answered) or event.result.error is not None:
-            continue
-        result, right = event.result, gold[event.result.id]
-        is_correct = None if right is None else result.answer is not None and is_equal(result.answer, right)
-        found[result.id] = Outcome(is_correct, result.counts.thinking, result.stop)
-    return found
 
 
 def compare_outcomes(

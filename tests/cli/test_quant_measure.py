@@ -118,16 +118,29 @@ def test_everything_is_read_before_anything_is_measured(tiny_model, text, capsys
     assert not Path("out.json").exists()
 
 
-def test_an_interruption_tells_that_nothing_solved_is_kept_and_what_would_keep_it(
-    tiny_model, problems, capsys, monkeypatch
-):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("localreason.cli.quant_measure._solve", interrupted)
-    code, _, said = run(capsys, "measure", tiny_model, tiny_model, "--problems", problems("one"), wired=wiring())
+def test_problems_that_were_solved_are_kept_beside_the_result(tiny_model, problems, home, capsys):
+    name, models = problems("one", "press once", "three"), []
+    args = ("measure", tiny_model, tiny_model, "--problems", name, "--parallel", 1, "--cache-type-candidate", "q8_0")
+    code, _, said = run(capsys, *args, wired=wiring())
     assert code == ExitCode.INTERRUPTED
-    assert "what was solved is not kept here; `localreason eval`" in said
+    assert "what was solved is not kept without --out" in said
+
+    code, _, said = run(capsys, *args, "--out", "out.json", wired=wiring(models))
+    assert code == ExitCode.INTERRUPTED
+    assert "the same command goes on from here" in said
+    assert [json.loads(line)["id"] for file in home.glob("out.*.jsonl") for line in file.read_text().splitlines()] == [
+        "p0"
+    ]
+
+    (home / name).write_text((home / name).read_text().replace("press once", "two"))
+    models.clear()
+    assert run(capsys, *args, "--out", "out.json", wired=wiring(models))[0] == ExitCode.OK
+    assert [one.asked for one in models] == [[], ["p1", "p2"], ["p0", "p1", "p2"]]
+    models.clear()
+    assert run(capsys, *args, "--out", "out.json", "--seed", 4, wired=wiring(models))[0] == ExitCode.OK
+    assert [len(one.asked) for one in models] == [0, 3, 3], "another recipe has rows of its own"
+    assert json.loads((home / "out.json").read_text())["problems"]["n_problems"] == 3
+    assert len(list(home.glob("out.*.jsonl"))) == 4
 
 
 def test_what_is_measured_is_written_although_a_later_part_fails(tiny_model, text, problems, capsys):

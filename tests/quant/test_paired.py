@@ -5,10 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from localreason.quant.paired import Outcome, bootstrap, compare_outcomes, mcnemar, of_shares, outcomes
-from localreason.runtime.errors import InputError, PromptTooLong
-from localreason.runtime.model import Answered, Result
-from localreason.runtime.sequence import Counts
+from localreason.quant.paired import Outcome, bootstrap, compare_outcomes, mcnemar, of_shares
+from localreason.runtime.errors import InputError
 
 
 @pytest.mark.parametrize(("one", "other", "p"), [(0, 0, 1), (5, 5, 1), (1, 9, 22 / 1024), (9, 1, 22 / 1024)])
@@ -53,15 +51,6 @@ def test_without_answers_only_the_lengths_are_compared():
 def test_no_common_problem_is_an_error():
     with pytest.raises(InputError, match="none of the 2 problems"):
         compare_outcomes({"a": Outcome(True, 1, "end")}, {"b": Outcome(True, 1, "end")}, 2)
-
-
-def test_outcomes_are_graded_and_failures_left_out():
-    def result(name, answer, error=None):
-        return Answered(Result(name, answer, "", "", "end", Counts(thinking=4), {}, 0.0, 0, 1, error))
-
-    events = [object(), result("a", "0.5"), result("b", None), result("c", "x", PromptTooLong("long"))]
-    found = outcomes([*events, result("d", "9")], {"a": "1/2", "b": "1", "c": "x", "d": None})
-    assert found == {"a": Outcome(True, 4, "end"), "b": Outcome(False, 4, "end"), "d": Outcome(None, 4, "end")}
 
 
 def test_models_that_agree_on_few_problems_may_differ_all_the_same():
