@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..quant.advice import explain, size
+from ..quant.advice import explain
 from ..quant.choose import Candidate, Fit, Machine, Option, Room, rank
 from ..quant.evidence import Measured
 from ..runtime.devices import backends, cpu_features
@@ -16,6 +16,7 @@ from ..runtime.errors import InputError, ModelUnsupported
 from ..runtime.fit import Free
 from ..runtime.llama import free_memory
 from ..runtime.memory import cache_bytes, repacked_schemes
+from ..runtime.room import size
 from . import config
 from .quant_sources import Source, find_sources, main_type
 from .say import safe, tell

@@ -13,6 +13,7 @@ from ..runtime.controls.search import FirstFinishSearch
 from ..runtime.decode import Request
 from ..runtime.engine import Row
 from ..runtime.events import Event, Finished, Token
+from ..runtime.markup import n_begun
 from ..runtime.sequence import Counts, Origin, Phase, Sequence
 from ..runtime.tokenizer import Tokenizer
 from .server_schema import Wanted
@@ -74,7 +75,7 @@ class StopWords:
         if starts:
             self.is_found, self._held = True, ""
             return held[: min(starts)]
-        n = max(_n_begun(held, word) for word in self._words)
+        n = max(n_begun(held, word) for word in self._words)
         self._held = held[len(held) - n :]
         return held[: len(held) - n]
 
@@ -82,11 +83,6 @@ class StopWords:
         """What was held back, once the reply has ended."""
         held, self._held = self._held, ""
         return held
-
-
-def _n_begun(text: str, word: str) -> int:
-    """Characters at the end of a text that begin a word."""
-    return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
 
 
 @dataclass(slots=True, eq=False)

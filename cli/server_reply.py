@@ -38,7 +38,6 @@ class Reply:
         self._updates: list[Update] = []
         self.outcomes: dict[int, Outcome] = {}
         self.problem: str | None = None
-        self._n_text = [0] * job.wanted.n
 
     @property
     def is_done(self) -> bool:

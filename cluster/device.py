@@ -15,6 +15,7 @@ import numpy as np
 from ..runtime.devices import GpuMemory, gpu_memory
 from ..runtime.errors import InputError, OutputError
 from ..runtime.files import replacing
+from ..runtime.fit import RESERVE_BYTES
 from ..runtime.room import available_bytes
 from ..runtime.schemes import SCHEMES
 from . import probe
@@ -23,8 +24,6 @@ from .errors import ProtocolError
 T = TypeVar("T")
 PROFILE_SECONDS = 7 * 86400.0
 """Age at which a kept profile is measured again."""
-RESERVE_BYTES = 512 << 20
-"""Of the free memory, left to the rest of the machine."""
 _MOST, _LEAST_SPEED = 1e18, 1e-3
 _N_TEXT, _N_TYPES, _N_JSON = 120, 64, 65536
 _BITS = {name: scheme.bits for name, scheme in SCHEMES.items()}

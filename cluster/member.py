@@ -32,7 +32,6 @@ _PROFILE_SECONDS = 60.0
 _LOAD_SECONDS = 600.0
 _MOST_WORDS = 8
 """That wait to be read; a node says one at a time."""
-_CHUNK = 1 << 20
 _OPEN_SECONDS = 2.0
 UNTRUSTED = "does not trust this machine any more; pair again with `localreason cluster pair`"
 STRANGER = "is another machine than the one that was paired; pair again with `localreason cluster pair`"

@@ -106,8 +106,8 @@ def _write(path: Path, kind: str, n_bytes: int, n_embd: int) -> int:
     writer = gguf.GGUFWriter(path, "llama")
     _add_metadata(writer, n_layers, n_embd, n_ff)
     norm = np.ones(n_embd, np.float32)
-    for name, (rows, width) in {"token_embd": (_N_VOCAB, n_embd)}.items():
-        writer.add_tensor(f"{name}.weight", np.zeros((rows, width // block * block_bytes), np.uint8), raw_dtype=number)
+    table = np.zeros((_N_VOCAB, n_embd // block * block_bytes), np.uint8)
+    writer.add_tensor("token_embd.weight", table, raw_dtype=number)
     writer.add_tensor("output_norm.weight", norm)
     for i in range(n_layers):
         for name in ("attn_norm", "ffn_norm"):

@@ -1,5 +1,6 @@
 """A ranking in words: what to take, why, and what was measured. Pure."""
 
+from ..runtime.room import size
 from .choose import SAME_SIZE, Option, Verdict
 
 
@@ -62,8 +63,3 @@ def _against(options: list[Option]) -> str:
         for option in options[:3]
     ]
     return "; ".join(texts) or "no file was given"
-
-
-def size(n_bytes: int) -> str:
-    """Bytes for a person."""
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"

@@ -21,7 +21,6 @@ from .job import Job
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] (.+?) +- \[")
 _SIZE = re.compile(r"size = [^\n]*?(?:\((\w+)\))?\n")
 _FAILURE = re.compile(r"failed to quantize: (.*)")
-_CONTINUED = 5
 _QUANTIZATION_VERSION = 2
 """What llama.cpp writes itself; here only its length counts."""
 _SPLIT_KEYS = (b"split.no", b"split.count", b"split.tensors.count")

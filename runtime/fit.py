@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from .errors import OutOfMemory
 from .header import Header
-from .memory import Usage, is_cache_possible, split_usage, token_bytes
+from .memory import Usage, count_layers, is_cache_possible, split_usage, token_bytes
 from .native import CACHE_TYPES
-from .room import N_PADDED, padded
+from .room import N_PADDED, padded, size
 
 RESERVE_BYTES = 512 << 20
 """Left to the rest of the machine, and on each GPU to its driver, where the size of the cache is our choice."""
@@ -95,7 +95,7 @@ class _Place:
         self.per_cell = {kind: token_bytes(header, kind) for kind in CACHE_TYPES}
         is_packable = bool(self.per_cell["f16"]) and is_cache_possible(header, "q8_0")
         self.kinds = [wish.cache_type] if wish.cache_type else ["f16", "q8_0"] if is_packable else ["f16"]
-        self.n_layers = 1 + max((_block(entry.name) for entry in header.tensors), default=0)
+        self.n_layers = 1 + count_layers(header)
         """With the output, which counts as one."""
 
     def layers(self) -> list[int]:
@@ -159,7 +159,7 @@ def _notes(place: _Place, n_layers: int, kind: str, n_cells: int, usage: dict[st
     n_wanted = wish.n_most if wish.n_context or wish.n_needed else min(wish.n_most, wish.n_train)
     if n_cells < n_wanted:
         yield (
-            f"the context holds {n_cells} of {n_wanted} tokens, since {_size(free.host_bytes)} of memory are free; "
+            f"the context holds {n_cells} of {n_wanted} tokens, since {size(free.host_bytes)} of memory are free; "
             f"close other programs or take a smaller file"
         )
     if wish.cache_type is None and kind != "f16":
@@ -169,12 +169,12 @@ def _notes(place: _Place, n_layers: int, kind: str, n_cells: int, usage: dict[st
         )
     if wish.n_gpu_layers is None and free.gpu_bytes is not None and n_layers < place.n_layers:
         yield (
-            f"{n_layers} of {place.n_layers} layers are on the GPU, which has {_size(free.gpu_bytes)} free; "
+            f"{n_layers} of {place.n_layers} layers are on the GPU, which has {size(free.gpu_bytes)} free; "
             f"a smaller file or --context lets more of them fit"
         )
     if usage["host"].needed_bytes > free.host_bytes:
         yield (
-            f"the model needs {_size(usage['host'].needed_bytes)} and {_size(free.host_bytes)} are free: weights are "
+            f"the model needs {size(usage['host'].needed_bytes)} and {size(free.host_bytes)} are free: weights are "
             f"read from the disk again for each token; take a smaller file, or --cluster"
         )
 
@@ -186,13 +186,3 @@ def _largest(n_most: int, holds: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)
     return low
-
-
-def _block(name: str) -> int:
-    """Layers up to that of a tensor."""
-    parts = name.split(".")
-    return int(parts[1]) + 1 if parts[0] == "blk" and len(parts) > 2 and parts[1].isdigit() else 0
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""Code and formulas in a text: whether it ends inside one, and the one that stands at a position."""
+"""Code and formulas in a text: whether it ends inside one, the one that stands at a position, and what may begin."""
 
 import re
 
@@ -59,3 +59,8 @@ def find_boxed(text: str) -> str | None:
             if start.group() != "{" and (best is None or start.end() > best[0]):
                 best = (start.end(), match.start())
     return text[best[0] : best[1]] if best else None
+
+
+def n_begun(text: str, word: str) -> int:
+    """Characters at the end of a text that begin a word, and are not all of it."""
+    return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)

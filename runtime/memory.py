@@ -203,6 +203,11 @@ def split_usage(
     return usage | ({"gpu": Usage(gpu, 0, cache_there, there)} if n_gpu_layers else {})
 
 
+def count_layers(header: Header) -> int:
+    """Layers that tensors are named by."""
+    return max((layer + 1 for entry in header.tensors if (layer := _layer(entry.name)) is not None), default=0)
+
+
 def _layer(name: str) -> int | None:
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "blk" and len(parts) > 2 and parts[1].isdigit() else None

@@ -3,6 +3,7 @@
 from collections import deque
 
 from .formats import ThinkingFormat
+from .markup import n_begun
 from .sequence import Phase
 from .tokenizer import StreamDecoder
 
@@ -105,13 +106,7 @@ class PhaseTracker:
 
     def _n_held(self) -> int:
         """Characters at the end of what is pending that may begin a tag."""
-        longest = 0
-        for tag in self._tags():
-            for n in range(min(len(tag) - 1, len(self._pending)), longest, -1):
-                if self._pending.endswith(tag[:n]):
-                    longest = n
-                    break
-        return longest
+        return max((n_begun(self._pending, tag) for tag in self._tags()), default=0)
 
     def _emit(self, n: int, parts: list[tuple[str, Phase]]) -> None:
         if n > 0:

@@ -78,3 +78,8 @@ def check_room(n_context: int, per_cell: float, free_bytes: int) -> None:
             f"a cache of {n_context} tokens takes {wanted} bytes and {free_bytes} are free; "
             f"give a smaller context ({int(free_bytes / per_cell)} tokens at most) or the cache type q8_0"
         )
+
+
+def size(n_bytes: int) -> str:
+    """Bytes for a person."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"

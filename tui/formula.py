@@ -5,6 +5,8 @@ import re
 from functools import cache
 from typing import Any
 
+from ..runtime.markup import n_begun
+
 _PAIRS = {"\\(": "\\)", "\\[": "\\]", "$$": "$$", "$": "$"}
 _OPENING = re.compile(r"\\\(|\\\[|\$\$|\$|`+|~~~+|\\boxed\{")
 _LIMIT = 4000
@@ -173,8 +175,7 @@ def _n_doubtful(text: str) -> int:
     """How many characters at the end may begin a mark."""
     if text.endswith("~"):
         return len(text) - len(text.rstrip("~"))
-    word = "\\boxed{"
-    return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
+    return n_begun(text, "\\boxed{")
 
 
 def _escape(text: str) -> str:

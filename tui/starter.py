@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..quant.advice import size
 from ..quant.choose import Candidate, Fit, Option, find_scheme, rank
 from ..runtime.fit import RESERVE_BYTES
-from ..runtime.room import N_PADDED
+from ..runtime.room import N_PADDED, size
 from ..runtime.schemes import SCHEMES
 
 _CELL_BYTES = 160 << 10
