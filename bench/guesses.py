@@ -51,7 +51,7 @@ def main():
     bench, recipe = Bench(options), Recipe(combine("safe", []), max_tokens=options.tokens)
     speeds, tokens, found = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        home = Home(Path(folder), 3, options.model)
+        home = Home(Path(folder), (1, 1, 1), options.model)
         stack.callback(home.close)
 
         def ring(node, is_guessing):

@@ -1,4 +1,4 @@
-"""The ring against one machine: each node a process with one thread, all on this machine, over mutual TLS.
+"""The ring against one machine: each node a process with one thread and a core, all on this machine, over mutual TLS.
 
     python bench/ring.py MODEL.gguf --split 16,12 [--repeats 5] [--tokens 64] [--only decode,prefill]
 
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from record import describe_run
-from ring_tools import awake_cores, compare, hold_back
+from ring_tools import awake_cores, compare, hold_back, on_core, stay_on_core
 from turns import Turns
 
 from localreason.cli.benchmark.loops import Endless, run_batch
@@ -52,15 +52,19 @@ N_CONTEXT = 2048
 
 
 class Home:
-    """Nodes and a head in a temporary folder."""
+    """Nodes and a head in a temporary folder, each with one core; this process, the head, has the first from now on.
 
-    def __init__(self, folder, n_nodes, model):
+    `cores` has that of each node, taken again from the first where there are fewer."""
+
+    def __init__(self, folder, cores, model):
+        stay_on_core(0)
         self.folder, self.model, self.file = folder, model, ModelFile(model)
+        self.cores = {f"n{i}": core for i, core in enumerate(cores)}
         self.head = Identity.load(folder / "head", "head")
         self.gate = TlsGate(self.head, Peers(folder / "head"))
         self.nodes = {}
-        for i in range(n_nodes):
-            self.start(f"n{i}")
+        for name in self.cores:
+            self.start(name)
 
     def start(self, name):
         node = Identity.load(self.folder / name, name)
@@ -78,7 +82,8 @@ class Home:
         command += ["--threads", "1", "--name", name, "--folder", str(self.folder / name)]
         command += ["--cache", str(self.folder / f"{name}-cache")]
         log = (self.folder / f"{name}.log").open("w")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        with on_core(self.cores[name]):
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         port = int(re.search(r"\d+", process.stdout.readline())[0])
         self.nodes[name] = (process, Address(name, "127.0.0.1", port, node.certificate.decode()))
 
@@ -189,10 +194,11 @@ class Bench:
         """Cases: the work of one independent process with a model of its own, and of two at once."""
         context = multiprocessing.get_context("spawn")
         pipes, processes = [], []
-        for _ in range(2):
+        for core in range(2):
             here, there = context.Pipe()
             process = context.Process(target=_independent, args=(self.options, what, there), daemon=True)
-            process.start()
+            with on_core(core):
+                process.start()
             pipes.append(here)
             processes.append(process)
 
@@ -364,7 +370,7 @@ def main():
         "tokens": options.tokens,
     }
     with tempfile.TemporaryDirectory() as folder:
-        home = Home(Path(folder), 3, options.model)
+        home = Home(Path(folder), (1, 2, 3), options.model)
         try:
             for name in options.only.split(","):
                 started = time.perf_counter()

@@ -9,6 +9,26 @@ import time
 
 import numpy as np
 
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def stay_on_core(number):
+    """Bind this thread, and those that it starts, to one core, as on a machine of its own, where the system can."""
+    if CORES:
+        os.sched_setaffinity(0, {CORES[number % len(CORES)]})
+
+
+@contextlib.contextmanager
+def on_core(number):
+    """What is started in here is bound to that core."""
+    before = os.sched_getaffinity(0) if CORES else ()
+    stay_on_core(number)
+    try:
+        yield
+    finally:
+        if CORES:
+            os.sched_setaffinity(0, before)
+
 
 @contextlib.contextmanager
 def awake_cores():
@@ -18,7 +38,7 @@ def awake_cores():
         subprocess.Popen(
             [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}}); {spin}"], stdout=subprocess.PIPE
         )
-        for core in os.sched_getaffinity(0)
+        for core in CORES
     ]
     try:
         for process in processes:
@@ -57,6 +77,8 @@ def hold_back(port, delay, ready):
             await asyncio.gather(pipe(reader, there[1]), pipe(there[0], writer))
 
     async def main():
+        if CORES:
+            os.sched_setaffinity(0, CORES)  # a link takes no core of a machine's
         server = await asyncio.start_server(accept, "127.0.0.1", 0)
         ready.put(server.sockets[0].getsockname()[1])
         await server.serve_forever()
