@@ -86,19 +86,6 @@ class HuggingFace:
             part.replace(path)
         return path
 
-    def head(self, repository: str, name: str, n_bytes: int) -> bytes:
-        """The first bytes of a file, all where it is shorter."""
-        import huggingface_hub
-
-        with mapped(repository):
-            files = huggingface_hub.HfFileSystem(endpoint=self._endpoint)
-            try:
-                found = files.cat_file(f"{repository}/{name}", start=0, end=n_bytes)
-            except FileNotFoundError as error:
-                raise ModelNotFound(f"{repository} has no file {name}; `localreason models list` names some") from error
-        assert isinstance(found, bytes)
-        return found
-
 
 @contextlib.contextmanager
 def mapped(repository: str) -> Iterator[None]:

@@ -60,7 +60,6 @@ class Ring:
         from ..cluster.placing import Wish, model_costs
 
         file, n_wanted = self._sources[candidate.name].file, n_context
-        assert file is not None
         ratio = candidate.n_bytes / sum(tensor.n_bytes for tensor in file.tensors.values())
 
         def needed(n: int) -> int:
@@ -126,11 +125,6 @@ def _cut(sources: list[Source]) -> list[Source]:
     found, problem = [], None
     for source in sources:
         try:
-            if source.file is None:
-                raise ModelUnsupported(
-                    f"{source.candidate.name} is in several parts, which a ring does not take; "
-                    f"join them with `llama-gguf-split --merge`"
-                )
             source.file.check_cut()
             found.append(source)
         except ModelUnsupported as error:

@@ -1,44 +1,33 @@
 """The files that `localreason quant choose` considers: named, stored, or published."""
 
-import os
 import re
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import typer
 
 from ..quant.choose import Candidate, describe, find_scheme
 from ..quant.gguf import ModelFile
-from ..runtime.errors import InputError, ModelBroken, ModelError, ModelNotFound, ModelUnsupported
+from ..runtime.errors import InputError, ModelError, ModelNotFound
 from ..runtime.header import Header
-from ..runtime.parts import join, read_local
+from ..runtime.parts import part_names
 from ..runtime.schemes import KINDS, MAIN_SCHEMES, SCHEMES
 from . import build, store
-from .hub import Hub
+from .hub import Hub, RemoteFile
+from .remote import read_files
 from .say import tell
 
-_HEAD_BYTES = 1 << 24
-"""Of a published file: more than metadata, vocabulary and tensor table of known models take."""
 _PART = re.compile(r"(?:-\d{5}-of-\d{5})?\.gguf$")
 _SIZE_WORD = re.compile(r"_(?:XXS|XS|S|M|L|XL|NL)$")
 
 
-class Ranged(Hub, Protocol):
-    """A hub that can send the beginning of a file."""
-
-    def head(self, repository: str, name: str, n_bytes: int) -> bytes: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A candidate, and the file whose tensor table stands for it: its own, or that of another scheme of the model.
-    None for a model in several parts."""
+    """A candidate, and the file whose tensor table stands for it: its own, or that of another scheme of the model."""
 
     candidate: Candidate
-    file: ModelFile | None
+    file: ModelFile
 
 
 def find_sources(context: typer.Context, files: list[str], repositories: list[str], folder: Path) -> list[Source]:
@@ -49,8 +38,7 @@ def find_sources(context: typer.Context, files: list[str], repositories: list[st
     taken = Counter(source.candidate.name for source in named.values())
     sources = [_named(one, name) if taken[one.candidate.name] > 1 else one for name, one in named.items()]
     for repository in repositories:
-        hub: Any = build.wiring(context).hub()
-        sources += _published(repository, hub, folder)
+        sources += _published(repository, build.wiring(context).hub(), folder)
     return sources
 
 
@@ -63,9 +51,6 @@ def _local(name: str, folder: Path) -> Source:
 
 def _read(path: Path) -> Source:
     """A file, or the model of which it is a part, called after the file. Raises ModelError."""
-    pieces = read_local(path)
-    if len(pieces) > 1:
-        return Source(describe(join(pieces), path.name, path.name), None)
     file = ModelFile(path)
     return Source(describe(file.header, path.name, path.name), file)
 
@@ -87,21 +72,21 @@ def _stored(folder: Path) -> list[Source]:
     return found
 
 
-def _published(repository: str, hub: Ranged, folder: Path) -> list[Source]:
-    """The model files of a repository that name their scheme: sizes as the hub records them, all else of one header."""
-    sizes, names = Counter[str](), dict[str, list[str]]()
-    for item in hub.files(repository):
+def _published(repository: str, hub: Hub, folder: Path) -> list[Source]:
+    """The models of a repository whose names say their scheme: their sizes by the hub, all else by one header."""
+    models = dict[str, list[RemoteFile]]()
+    for item in sorted(hub.files(repository), key=lambda item: item.name):
         stem = _PART.sub("", item.name)
         if item.name.endswith(".gguf") and not store.is_projector(item.name) and find_scheme(stem):
-            sizes[stem] += item.n_bytes
-            names.setdefault(stem, []).append(item.name)
-    whole = [stem for stem in sizes if len(names[stem]) == 1]
+            models.setdefault(stem, []).append(item)
+    whole = {stem: files for stem, files in models.items() if [f.name for f in files] == part_names(files[0].name)}
     if not whole:
         raise ModelNotFound(
-            f"{repository} has no GGUF file in one part whose name says its scheme, such as Q8_0; name another"
+            f"{repository} has no whole GGUF model whose name says its scheme, such as Q8_0; name another"
         )
-    least = min(whole, key=lambda stem: sizes[stem])
-    file = _remote(repository, hub, names[least][0], sizes[least], folder)
+    sizes = {stem: sum(item.n_bytes for item in files) for stem, files in whole.items()}
+    least = min(sizes, key=lambda stem: sizes[stem])
+    file = _table(repository, whole[least], folder)
     like = describe(file.header, least)
     found = []
     for stem, n_bytes in sizes.items():
@@ -141,20 +126,7 @@ def main_type(scheme: str) -> str:
     return MAIN_SCHEMES[scheme].name if scheme in MAIN_SCHEMES else _SIZE_WORD.sub("", scheme)
 
 
-def _remote(repository: str, hub: Ranged, name: str, n_bytes: int, folder: Path) -> ModelFile:
-    """The tensor table of a published file, from the store if it is there, else from its first megabytes."""
-    path = folder / repository / name
-    if path.is_file():
-        return ModelFile(path)
-    head = hub.head(repository, name, _HEAD_BYTES)
-    with tempfile.TemporaryDirectory(prefix="localreason-") as scratch:
-        path = Path(scratch) / Path(name).name
-        path.write_bytes(head)
-        os.truncate(path, max(n_bytes, len(head)))  # a hole in place of the weights, whose end is checked
-        try:
-            return ModelFile(path)
-        except ModelBroken as error:
-            raise ModelUnsupported(
-                f"{name} of {repository} is damaged, or its header is longer than {_HEAD_BYTES} bytes; "
-                f"pull a file of it and name that"
-            ) from error
+def _table(repository: str, files: list[RemoteFile], folder: Path) -> ModelFile:
+    """The tensor table of a published model, from the store if it is there, else by its header alone."""
+    path = folder / repository / files[0].name
+    return ModelFile(path) if path.is_file() else ModelFile(path, read_files(repository, files))

@@ -1,12 +1,13 @@
 """Headers of model files that stay on Hugging Face: only the ranges of bytes that are read are fetched."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from ..quant.source import Fetch, read_remote
 from ..runtime.errors import ModelError, ModelNotFound
 from ..runtime.parts import Piece
-from .hub import Hub, mapped
+from .hub import Hub, RemoteFile, mapped
 from .store import CATALOGUE, REFERENCE, choose_file
 
 _DEADLINE_SECONDS = 20.0
@@ -23,7 +24,11 @@ def read_published(reference: str, hub: Hub) -> list[Piece]:
             f"{reference!r} names no published model; give OWNER/REPO:QUANT or hf://OWNER/REPO/FILE.gguf"
         )
     repository = f"{match['owner']}/{match['repo']}"
-    files = choose_file(hub.files(repository), repository, match["scheme"], match["file"])
+    return read_files(repository, choose_file(hub.files(repository), repository, match["scheme"], match["file"]))
+
+
+def read_files(repository: str, files: Iterable[RemoteFile]) -> list[Piece]:
+    """The headers of all parts of a model. Raises ModelBroken, ModelError."""
     return [
         read_remote(f"{PREFIX}{repository}/{file.name}", file.n_bytes, ranges(repository, file.name)) for file in files
     ]

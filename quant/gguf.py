@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -130,11 +130,12 @@ def blocks(path: Path, offset: int, n_bytes: int) -> Iterator[bytes]:
 
 
 class ModelFile:
-    """A GGUF model's metadata and tensor table, of one file or of several parts; the weights stay on disk."""
+    """A GGUF model's metadata and tensor table, of one file or of several parts; the weights stay where they are."""
 
-    def __init__(self, path: Path) -> None:
-        """`path` is the file or any of the parts. Raises ModelNotFound, ModelBroken, ModelUnsupported."""
-        pieces = read_local(path)
+    def __init__(self, path: Path, pieces: Sequence[Piece] = ()) -> None:
+        """`path` is the file or any of the parts; `pieces` are the headers where its weights are not on this machine.
+        Raises ModelNotFound, ModelBroken, ModelUnsupported."""
+        pieces = pieces or read_local(path)
         self.files = [(Path(piece.name), piece.n_bytes) for piece in pieces]
         self.path = self.files[0][0]
         self.header: Header = join(pieces)

@@ -1,10 +1,14 @@
 """Tiny GGUF models with random weights, the same for the same seed: real files for exactness and failure tests."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+
+from localreason.runtime.header import read_table
+from localreason.runtime.schemes import FTYPES, SCHEMES
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 MERGES = ["t h", "th e", "Ġ the", "Ġ a", "i n"]
@@ -157,3 +161,41 @@ def _weights(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> 
     if name.endswith("ssm_a"):
         return -np.exp(random.standard_normal(shape, np.float32) * 0.1)
     return random.standard_normal(shape, np.float32) * np.float32(1.5 / np.sqrt(shape[-1]))
+
+
+def write_large(
+    path: Path, scheme: str, n_layers: int = 4, n_embd: int = 4096, n_tokens: int = 0, **values: Any
+) -> Path:
+    """A llama of one type of matrices whose weights are a hole in the file."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(32768)
+    writer.add_embedding_length(n_embd)
+    writer.add_block_count(n_layers)
+    writer.add_head_count(32)
+    writer.add_head_count_kv(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(values.pop("file_type", FTYPES.get(scheme, 0)))
+    if n_tokens:
+        writer.add_token_list([f"a token of the vocabulary, number {i}" for i in range(n_tokens)])
+    for key, value in values.items():
+        writer.add_string(key.replace("__", "."), value)
+    kind = gguf.GGMLQuantizationType[scheme]
+    row_bytes = n_embd // SCHEMES[scheme].n_values * SCHEMES[scheme].n_bytes
+    rows = {"token_embd": 32000, "output": 32000, **{f"blk.{i}.ffn_up": 4 * n_embd for i in range(n_layers)}}
+    for name, n_rows in rows.items():
+        shape, n_bytes = (n_rows, row_bytes), n_rows * row_bytes
+        writer.add_tensor_info(f"{name}.weight", shape, np.dtype(np.uint8), n_bytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = read_table(path)
+    last = header.tensors[-1]
+    os.truncate(path, header.data_offset + last.offset + last.shape[1] * row_bytes)
+    return path
+
+
+def write_split(folder: Path, n_tensors: int = 8) -> list[Path]:
+    """A tiny llama in several files, as gguf's own writer splits it."""
+    write_model(folder / "tiny.gguf", n_part_tensors=n_tensors)
+    return sorted(folder.glob("tiny-*.gguf"))

@@ -1,16 +1,13 @@
 """`localreason quant measure` and `quant choose`: results, files, and mistakes that are told in a sentence."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
 from localreason.cli.build import Wiring
-from localreason.cli.hub import HuggingFace
 from localreason.cli.main import ExitCode, main
-from localreason.runtime.errors import ModelError
-from tests.cli.fake import FakeHub, wiring
+from tests.cli.fake import wiring
 from tests.gguf_models import write_model
 
 TEXT = "the theory in the thing and a thin other " * 40
@@ -213,39 +210,15 @@ def test_choose_takes_measured_results_and_says_why(tiny_model, text, home, caps
     assert "to tiny.gguf" in lines[2]
 
 
-def test_choose_for_a_described_cluster_expects_seconds(tiny_model, home, capsys):
+@pytest.mark.parametrize("n_part_tensors", [0, 8])
+def test_choose_for_a_described_cluster_expects_seconds(home, capsys, n_part_tensors):
+    model = write_model(home / "m.gguf", n_part_tensors=n_part_tensors)
     (home / "home.json").write_text(json.dumps({"devices": [DEVICE, {**DEVICE, "name": "cellar"}]}))
-    code, printed, _ = run(capsys, "choose", tiny_model, "--devices", "home.json", "--context", 512, "--json")
+    code, printed, _ = run(capsys, "choose", model, "--devices", "home.json", "--context", 512, "--json")
     assert code == ExitCode.OK
     [option] = json.loads(printed)["options"]
     assert option["verdict"] == "fits"
     assert option["token_seconds"] > 0
-
-
-def test_choose_among_published_files_reads_one_header(home, capsys):
-    data = write_model(home / "tiny.gguf").read_bytes()
-
-    class Ranged(FakeHub):
-        def head(self, repository, name, n_bytes):
-            self.downloads.append(name)
-            return self._files[repository][name][: len(data) // 2]
-
-    files = {
-        name: data + bytes(size) for name, size in (("t-Q8_0.gguf", 9), ("t-F16.gguf", 99), ("mmproj-F16.gguf", 0))
-    }
-    files |= {f"t-Q4_K_M-0000{i}-of-00002.gguf": data for i in (1, 2)}
-    hub = Ranged({"a/b": {**files, "README.md": b""}}, lambda data: hashlib.sha256(data).hexdigest())
-    code, printed, told = run(capsys, "choose", "--hf", "a/b", "--context", 512, "--json", wired=wiring(hub=hub))
-    assert code == ExitCode.OK, told
-    options = json.loads(printed)["options"]
-    assert [option["candidate"]["name"] for option in options] == ["a/b/t-Q8_0", "a/b/t-F16", "a/b/t-Q4_K_M"]
-    assert options[2]["candidate"]["n_bytes"] == 2 * len(data)
-    assert hub.downloads == ["t-Q8_0.gguf"]
-
-
-def test_a_hub_out_of_reach_is_a_sentence():
-    with pytest.raises(ModelError, match="cannot be reached for a/b"):
-        HuggingFace("http://127.0.0.1:9").head("a/b", "c.gguf", 100)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,9 @@
-"""What is told of model files: whole, split, truncated, too large to load, or published and left where they are."""
+"""What is told of model files: whole, split, truncated, too large to load."""
 
 import json
 import os
 import re
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -19,7 +13,6 @@ from localreason.cli.main import ExitCode, main
 from localreason.quant.backend import effective
 from localreason.quant.choose import describe
 from localreason.quant.inspect import Report, inspect
-from localreason.quant.source import read_remote
 from localreason.runtime.devices import Backend, backends, cpu_features
 from localreason.runtime.engine import Span
 from localreason.runtime.errors import ModelBroken, ModelNotFound, ModelUnsupported
@@ -29,7 +22,7 @@ from localreason.runtime.parts import join, part_names, read_local
 from localreason.runtime.room import cell_bytes
 from localreason.runtime.schemes import FTYPES, SCHEMES
 from tests import gguf_models
-from tests.gguf_models import write_model
+from tests.gguf_models import write_large, write_model, write_split
 
 MIB = 1 << 20
 
@@ -41,44 +34,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     return tmp_path
-
-
-def write_large(
-    path: Path, scheme: str, n_layers: int = 4, n_embd: int = 4096, n_tokens: int = 0, **values: Any
-) -> Path:
-    """A llama of one type of matrices whose weights are a hole in the file."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(32768)
-    writer.add_embedding_length(n_embd)
-    writer.add_block_count(n_layers)
-    writer.add_head_count(32)
-    writer.add_head_count_kv(8)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_file_type(values.pop("file_type", FTYPES.get(scheme, 0)))
-    if n_tokens:
-        writer.add_token_list([f"a token of the vocabulary, number {i}" for i in range(n_tokens)])
-    for key, value in values.items():
-        writer.add_string(key.replace("__", "."), value)
-    kind = gguf.GGMLQuantizationType[scheme]
-    row_bytes = n_embd // SCHEMES[scheme].n_values * SCHEMES[scheme].n_bytes
-    rows = {"token_embd": 32000, "output": 32000, **{f"blk.{i}.ffn_up": 4 * n_embd for i in range(n_layers)}}
-    for name, n_rows in rows.items():
-        shape, n_bytes = (n_rows, row_bytes), n_rows * row_bytes
-        writer.add_tensor_info(f"{name}.weight", shape, np.dtype(np.uint8), n_bytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    header = read_table(path)
-    last = header.tensors[-1]
-    os.truncate(path, header.data_offset + last.offset + last.shape[1] * row_bytes)
-    return path
-
-
-def write_split(folder: Path, n_tensors: int = 8) -> list[Path]:
-    """A tiny llama in several files, as gguf's own writer splits it."""
-    write_model(folder / "tiny.gguf", n_part_tensors=n_tensors)
-    return sorted(folder.glob("tiny-*.gguf"))
 
 
 def report(path: Path, cache_type: str = "f16") -> Report:
@@ -257,121 +212,6 @@ def test_bits_of_activations_depend_on_what_computes():
     assert backends()[-1].driver == "CPU"
     assert "CPU" not in cpu_features()
     assert cpu_features()
-
-
-def test_a_remote_header_is_read_in_few_growing_ranges(home: Path):
-    path = write_large(home / "m.gguf", "Q8_0", n_tokens=150_000)
-    asked: list[tuple[int, int]] = []
-
-    def fetch(start: int, n_bytes: int) -> bytes:
-        asked.append((start, n_bytes))
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read(n_bytes)
-
-    piece = read_remote("m", path.stat().st_size, fetch)
-    end = piece.header.data_offset
-    assert piece.header.tensors == read_table(path).tensors
-    assert end > 5 * MIB
-    assert [start + n for start, n in asked[:-1]] == [start for start, _ in asked[1:]]
-    assert sum(n for _, n in asked) < 2.1 * end
-    assert len(asked) < 8
-    with pytest.raises(ModelBroken, match="of 262144 bytes came"):
-        read_remote("m", path.stat().st_size, lambda start, n: b"GGUF")
-
-
-class Published(BaseHTTPRequestHandler):
-    """The two requests of the Hub that are needed: the files of a repository, and a range of one."""
-
-    files: dict[str, Path]
-    n_sent: int
-    has_ranges: bool
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/api/models/a/b"):
-            siblings = [{"rfilename": name, "size": path.stat().st_size} for name, path in self.files.items()]
-            return self._send(200, json.dumps({"id": "a/b", "siblings": siblings}).encode())
-        path = self.files.get(self.path.removeprefix("/a/b/resolve/main/"))
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if path is None or wanted is None:
-            return self._send(404, b"")
-        if not self.has_ranges:
-            self.send_response(200)
-            self.send_header("Content-Length", str(path.stat().st_size))
-            return self.end_headers()
-        with path.open("rb") as file:
-            file.seek(int(wanted[1]))
-            return self._send(206, file.read(int(wanted[2]) - int(wanted[1]) + 1))
-
-    def _send(self, status: int, body: bytes) -> None:
-        type(self).n_sent += len(body)
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(home: Path) -> Iterator[type[Published]]:
-    """A server in place of the Hub; its class holds what it serves and counts what it sent."""
-    handler = type("Handler", (Published,), {"files": {}, "n_sent": 0, "has_ranges": True, "url": ""})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        handler.url = f"http://127.0.0.1:{server.server_address[1]}"  # pyright: ignore[reportAttributeAccessIssue]
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield handler
-        server.shutdown()
-        thread.join()
-
-
-def run(hub: type[Published], *args: str) -> "subprocess.CompletedProcess[str]":
-    """The command in a process of its own: huggingface_hub reads the address of the Hub once."""
-    url: str = hub.url  # pyright: ignore[reportAttributeAccessIssue]
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", "from localreason.cli.main import run; run()", "quant", "inspect", *args],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "HF_ENDPOINT": url, "NO_PROXY": "*", "HF_HUB_DISABLE_TELEMETRY": "1"},
-    )
-
-
-def test_a_published_file_is_inspected_and_not_downloaded(hub: type[Published], home: Path):
-    large = write_large(home / "large.gguf", "Q8_0", n_tokens=50_000)
-    hub.files = {"m-Q8_0.gguf": large, "m-Q4_0.gguf": large, "README.md": large}
-    done = run(hub, "a/b:Q8_0", "--json")
-    assert not done.returncode, done.stderr
-    row = json.loads(done.stdout)
-    assert row["name"] == "hf://a/b/m-Q8_0.gguf"
-    assert row["n_bytes"] == large.stat().st_size > 100 * MIB
-    assert row["precision"]["scheme"] == "Q8_0"
-    assert hub.n_sent < 8 * MIB
-
-
-def test_a_published_split_model_is_read_by_one_reference(hub: type[Published], home: Path):
-    hub.files = {f"UD/{path.name}": path for path in write_split(home)}
-    done = run(hub, "hf://a/b/UD/tiny-00001-of-00003.gguf", "--json")
-    assert not done.returncode, done.stderr
-    assert json.loads(done.stdout)["n_files"] == 3
-
-
-@pytest.mark.parametrize(
-    ("reference", "words"),
-    [
-        ("a/b:Q4_0", "has no Q4_0; it has m-Q8_0"),
-        ("hf://nothing", "names no published model"),
-        ("a/b:Q8_0", "sends whole files only"),
-    ],
-)
-def test_what_cannot_be_read_from_afar_is_one_sentence(hub: type[Published], home: Path, reference: str, words: str):
-    hub.files, hub.has_ranges = {"m-Q8_0.gguf": write_large(home / "m.gguf", "Q8_0")}, False
-    done = run(hub, reference)
-    assert done.returncode == ExitCode.MODEL
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_the_command_tells_a_person_all_of_it(home: Path, capfd: pytest.CaptureFixture[str]):
