@@ -191,17 +191,15 @@ def status(peers: Peers = None, is_json: Json = False) -> None:
         for one in await home.survey(LOOK_SECONDS, settings.settings.peers, tell=tell):
             row = _row(one)
             if one.reply is not None and one.address is not None:
-                member = Member(one.address, home.gate)
                 try:
-                    seconds, width = await member.measure_link()
+                    async with Member(one.address, home.gate) as member:
+                        seconds, width = await member.measure_link()
                     link = {
                         "round_trip_ms": round(2 * seconds * 1000, 2),
                         "megabytes_per_second": round(width / 1e6, 1),
                     }
                 except ClusterError as error:
                     link = {"state": str(error).removeprefix(one.name).strip()}
-                finally:
-                    await member.release()
                 row |= link | {"version": one.reply.version}
             rows.append(row)
         return rows
@@ -235,7 +233,6 @@ def profile(
 
     settings = config.load({"threads": threads})
     home = make_home(settings)
-    assert home.cache is not None
     n_threads = settings.settings.threads or physical_cores()
     device = measure(home.cache, n_threads, ["Q8_0", "Q4_K", "Q6_K", "F16"], home.identity.name, fresh)
     if is_json:

@@ -43,7 +43,6 @@ def doctor(
 
     settings = config.load({"peers": peers})
     home = make_home(settings)
-    assert home.cache is not None
     n_threads = settings.settings.threads or physical_cores()
     device = profile(home.cache, n_threads, ["Q8_0", "Q4_K"], "head", fresh)
     report = {"machine": _machine(device, home), "network": asyncio.run(_network(home, settings.settings.peers))}
@@ -92,7 +91,6 @@ def _machine(device: "Device", home: "Home") -> list[dict[str, Any]]:
     rows.append(
         _row("disk", disk, f"a model of 8B Q4_K read from disk for each token: {worth:.2f} a second", not is_slow)
     )
-    assert home.cache is not None
     free = shutil.disk_usage(home.cache).free
     rows.append(_row("disk space", f"{free / gib:.1f} GiB free at {home.cache}", ok=free > 2 * gib))
     gpu = f"{device.gpu_name}, {device.gpu_memory_bytes / gib:.1f} GiB free" if device.gpu_name else "none in use"
@@ -141,15 +139,13 @@ async def look_at_nodes(home: "Home", named: Sequence[str]) -> list[dict[str, An
     for one in seen:
         found, means = one.problem or "ready", ""
         if one.reply is not None and one.address is not None:
-            member = Member(one.address, home.gate)
             try:
-                seconds, width = await member.measure_link()
+                async with Member(one.address, home.gate) as member:
+                    seconds, width = await member.measure_link()
                 found += f"; {2 * seconds * 1000:.1f} ms there and back, {width / 1e6:.0f} MB/s"
                 means = f"at most {1 / max(2 * seconds, 1e-6):.0f} tokens a second of one answer through this link"
             except ClusterError as error:
                 found = str(error).removeprefix(one.name).strip()
-            finally:
-                await member.release()
         rows.append(_row(f"node {one.name}", found, means, not one.problem))
         if one.reply is not None:
             rows.append(clock_row(one.name, one.clock_seconds))

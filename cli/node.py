@@ -86,11 +86,9 @@ async def _run(home: "Home", name: str, port: int, settings: config.Config, is_l
     from ..runtime.llama import physical_cores
 
     n_threads = settings.settings.threads or physical_cores()
-    assert home.cache is not None
-    folder = home.cache
 
     def measure(types: list[str]) -> str:
-        return profile(folder, n_threads, types, name).to_json()
+        return profile(home.cache, n_threads, types, name).to_json()
 
     node = Node(NodeOptions(name, n_threads, measure), home.store([settings.store]), home.gate, _show)
     pairing = PairingServer(home.identity, home.peers, _show)

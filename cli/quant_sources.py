@@ -11,14 +11,13 @@ from ..quant.choose import Candidate, describe, find_scheme
 from ..quant.gguf import ModelFile
 from ..runtime.errors import InputError, ModelError, ModelNotFound
 from ..runtime.header import Header
-from ..runtime.parts import part_names
+from ..runtime.parts import part_names, stem
 from ..runtime.schemes import KINDS, MAIN_SCHEMES, SCHEMES
 from . import build, store
 from .hub import Hub, RemoteFile
 from .remote import read_files
 from .say import tell
 
-_PART = re.compile(r"(?:-\d{5}-of-\d{5})?\.gguf$")
 _SIZE_WORD = re.compile(r"_(?:XXS|XS|S|M|L|XL|NL)$")
 
 
@@ -76,25 +75,25 @@ def _published(repository: str, hub: Hub, folder: Path) -> list[Source]:
     """The models of a repository whose names say their scheme: their sizes by the hub, all else by one header."""
     models = dict[str, list[RemoteFile]]()
     for item in sorted(hub.files(repository), key=lambda item: item.name):
-        stem = _PART.sub("", item.name)
-        if item.name.endswith(".gguf") and not store.is_projector(item.name) and find_scheme(stem):
-            models.setdefault(stem, []).append(item)
-    whole = {stem: files for stem, files in models.items() if [f.name for f in files] == part_names(files[0].name)}
+        name = stem(item.name)
+        if item.name.endswith(".gguf") and not store.is_projector(item.name) and find_scheme(name):
+            models.setdefault(name, []).append(item)
+    whole = {name: files for name, files in models.items() if [f.name for f in files] == part_names(files[0].name)}
     if not whole:
         raise ModelNotFound(
             f"{repository} has no whole GGUF model whose name says its scheme, such as Q8_0; name another"
         )
-    sizes = {stem: sum(item.n_bytes for item in files) for stem, files in whole.items()}
-    least = min(sizes, key=lambda stem: sizes[stem])
+    sizes = {name: sum(item.n_bytes for item in files) for name, files in whole.items()}
+    least = min(sizes, key=lambda name: sizes[name])
     file = _table(repository, whole[least], folder)
     like = describe(file.header, least)
     found = []
-    for stem, n_bytes in sizes.items():
-        scheme, n_bits = find_scheme(stem) or ("", 0)
+    for name, n_bytes in sizes.items():
+        scheme, n_bits = find_scheme(name) or ("", 0)
         bits = 8 * n_bytes / like.n_parameters
         one = replace(
             like,
-            name=f"{repository}/{stem}",
+            name=f"{repository}/{name}",
             n_bytes=n_bytes,
             bits_per_weight=bits,
             n_bits=n_bits,

@@ -145,7 +145,6 @@ def wish_of(file: ModelFile, n_sequences: int, settings: Settings) -> Wish:
 def measure_machines(file: ModelFile, home: Home, nodes: list[Seen], config: Config) -> tuple[list[Device], Links]:
     """This machine and the nodes as they were measured, the head first, and their links; a node that could not be
     measured is told and left out."""
-    assert home.cache is not None
     n_threads = config.settings.threads or physical_cores()
     devices = [profile(home.cache, n_threads, types_of(file), HEAD_NAME)]
     links = asyncio.run(measure_links(home, nodes, tell))
@@ -170,13 +169,11 @@ async def measure_links(home: Home, nodes: list[Seen], tell: Callable[[str], Non
     found: dict[str, tuple[float, float]] = {}
     for node in nodes:
         if node.address is not None:
-            member = Member(node.address, home.gate)
             try:
-                found[node.name] = await member.measure_link()
+                async with Member(node.address, home.gate) as member:
+                    found[node.name] = await member.measure_link()
             except ClusterError as error:
                 tell(f"{error}; going on without it")
-            finally:
-                await member.release()
     pairs = {(HEAD_NAME, name): link for name, link in found.items()}
     for one in found:
         for other in found:

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 import filelock
 
 from ..runtime.errors import ModelBroken, ModelNotFound, OutputError
+from ..runtime.parts import is_further_part, part_names, stem
 from ..runtime.paths import expanded
 from .checksum import digest_file
 from .hub import Hub, RemoteFile, begun
@@ -18,7 +19,6 @@ from .hub import Hub, RemoteFile, begun
 DEMO = "demo"
 RECOMMENDED = "qwen3-1.7b"
 """What the demo's hint and other remedies name."""
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 REFERENCE = re.compile(r"(?P<owner>[\w.-]+)/(?P<repo>[\w.-]+)(?::(?P<scheme>[\w.-]+)|/(?P<file>[^:]+\.gguf))?")
 
 
@@ -86,8 +86,7 @@ def list_stored(store: Path) -> list[Stored]:
 
 def _is_model(name: str) -> bool:
     """False for a file's name that says a further part of a model, or a projector beside one."""
-    part = _PART.search(name)
-    return not (part and int(part[1]) != 1) and not is_projector(name)
+    return not is_further_part(name) and not is_projector(name)
 
 
 def is_projector(name: str) -> bool:
@@ -97,12 +96,8 @@ def is_projector(name: str) -> bool:
 
 def parts(path: Path) -> list[Path]:
     """All files of a model: one, or those of a split one that are there."""
-    part = _PART.search(path.name)
-    if not part:
-        return [path]
-    stem = path.name[: part.start()]
-    names = [f"{stem}-{i:05}-of-{part[2]}.gguf" for i in range(1, int(part[2]) + 1)]
-    return [path.with_name(name) for name in names if path.with_name(name).is_file()]
+    names = part_names(path.name)
+    return [path] if len(names) == 1 else [there for name in names if (there := path.with_name(name)).is_file()]
 
 
 def find(reference: str, store: Path) -> Path | None:
@@ -199,7 +194,7 @@ def remove(reference: str, store: Path) -> list[Path]:
 def _name(inside: Path) -> str:
     """What a stored file is called: as in the catalogue, else its reference, else its stem."""
     if len(inside.parts) < 3:
-        return _PART.sub("", inside.name).removesuffix(".gguf")
+        return stem(inside.name)
     repository = "/".join(inside.parts[:2])
     for entry in CATALOGUE.values():
         owner, _, scheme = entry.reference.partition(":")
@@ -224,19 +219,17 @@ def choose_file(files: list[RemoteFile], repository: str, scheme: str | None, na
     models = sorted((file for file in files if file.name.endswith(".gguf")), key=lambda file: file.name)
     models = [file for file in models if not is_projector(file.name) and _is_inside(file.name)]
     chosen = [file for file in models if (file.name == name if name else _has_scheme(file.name, scheme))]
-    stems = {_PART.sub("", file.name) for file in chosen}
+    stems = {stem(file.name) for file in chosen}
     if len(stems) != 1:
-        there = ", ".join(dict.fromkeys(_PART.sub("", file.name).removesuffix(".gguf") for file in models)) or "none"
+        there = ", ".join(dict.fromkeys(stem(file.name) for file in models)) or "none"
         wanted = name or scheme
         problem = "holds several models that fit" if stems else f"has no {wanted or 'GGUF file'}"
         raise ModelNotFound(f"{repository} {problem}; it has {there}; give OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf")
-    part = _PART.search(chosen[0].name)
-    if part:
-        stem = _PART.sub("", chosen[0].name)
-        chosen = [file for file in models if _PART.search(file.name) and _PART.sub("", file.name) == stem]
-        if len(chosen) != int(part[2]):
-            raise ModelBroken(f"{repository}: {stem} has {len(chosen)} of its {int(part[2])} parts; choose another")
-    return chosen
+    names = part_names(chosen[0].name)
+    whole = [file for file in models if file.name in names]
+    if not whole or len(whole) != len(names):
+        raise ModelBroken(f"{repository}: {stems.pop()} has {len(whole)} of its {len(names)} parts; choose another")
+    return whole
 
 
 def _check_space(store: Path, incoming: Path, files: list[RemoteFile]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..quant.gguf import ModelFile
 from ..runtime.room import padded
 from .background import Background
-from .codec import ROW_TYPES
+from .codec import MICRO_BATCH, ROW_TYPES
 from .errors import ClusterError, NodeBusy, NodeLost, PlanImpossible
 from .formation import HEAD, Formation, Placement
 from .link import LinkBook
@@ -32,7 +32,7 @@ class RingOptions:
 
     n_context: int
     n_sequences: int = 8
-    n_batch: int = 64
+    n_batch: int = MICRO_BATCH
     n_threads: int = 1
     cache_type: str = "f16"
     row_type: str = "f32"

@@ -14,6 +14,8 @@ from .wire import ring_pb2 as wire
 
 PROTOCOL = 1
 """What `Open` and `Describe` carry; nodes of another number are not used."""
+MICRO_BATCH = 64
+"""Tokens of a prompt that pass a ring at once, and with which the speed of prompts is measured."""
 LONGEST_MESSAGE = 32 << 20
 """Bytes; a larger message ends its stream before it is read."""
 ROW_TYPES = {"f32": wire.F32, "f16": wire.F16, "i8": wire.I8}

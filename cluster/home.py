@@ -5,7 +5,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
@@ -48,37 +48,34 @@ class Seen:
         return self.problem.startswith(_BUSY)
 
 
-@dataclass(slots=True)
 class Home:
-    """Identity, peers and caches in two folders of the user's; `is_plain` does without encryption, on loopback only."""
+    """Identity, peers and caches in two folders of the user's."""
 
-    folder: Path | None = None
-    cache: Path | None = None
-    is_plain: bool = False
-    limit_bytes: int | None = None
-    name: str | None = None
-    identity: Identity = field(init=False)
-    peers: Peers = field(init=False)
-    gate: TlsGate | PlainGate = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Raises ClusterError."""
-        self.identity = Identity.load(self.folder, self.name)
-        self.peers = Peers(self.folder)
-        self.gate = PlainGate() if self.is_plain else TlsGate(self.identity, self.peers)
-        self.cache = self.cache or platformdirs.user_cache_path("localreason", appauthor=False) / "windows"
+    def __init__(
+        self,
+        folder: Path | None = None,
+        cache: Path | None = None,
+        is_plain: bool = False,
+        limit_bytes: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        """`is_plain` does without encryption, on loopback only. Raises ClusterError."""
+        self.identity = Identity.load(folder, name)
+        self.peers = Peers(folder)
+        self.is_plain = is_plain
+        self.gate: TlsGate | PlainGate = PlainGate() if is_plain else TlsGate(self.identity, self.peers)
+        self.cache = cache or platformdirs.user_cache_path("localreason", appauthor=False) / "windows"
+        self._limit_bytes = limit_bytes
 
     def store(self, models: Sequence[Path] = ()) -> Store:
         """The window files of this machine; half of what is free without them at most where no limit is set."""
-        assert self.cache is not None
         near = next(path for path in (self.cache, *self.cache.parents) if path.exists())
         held = sum(size for _, size, _ in Store(self.cache, 0).entries())
-        limit = self.limit_bytes or int(_LIMIT_SHARE * (shutil.disk_usage(near).free + held))
+        limit = self._limit_bytes or int(_LIMIT_SHARE * (shutil.disk_usage(near).free + held))
         return Store(self.cache, limit, models)
 
     def links(self) -> LinkBook:
         """What nodes found of the links between them."""
-        assert self.cache is not None
         return LinkBook(self.cache / "links.json")
 
     async def survey(
@@ -191,19 +188,17 @@ class Home:
     @staticmethod
     async def _is_plain_there(address: Address) -> bool:
         """Whether a node for tests listens, which cannot be paired."""
-        member = Member(address, PlainGate())
-        try:
-            await member.describe()
-        except ClusterError:
-            return False
-        finally:
-            await member.release()
-        return True
+        async with Member(address, PlainGate()) as member:
+            try:
+                await member.describe()
+            except ClusterError:
+                return False
+            return True
 
     async def _ask(self, address: Address, id: str, types: list[str]) -> Seen:
-        member = Member(address, self.gate)
         try:
-            reply = await member.describe(types)
+            async with Member(address, self.gate) as member:
+                reply = await member.describe(types)
         except ClusterError as error:
             problem = str(error).removeprefix(address.name).strip()
             # TLS says no more of a date than of a certificate that is another's.
@@ -212,8 +207,6 @@ class Home:
             elif UNTRUSTED in problem and (off := off_date(self.identity.certificate)):
                 problem = f"{_REFUSED} {off}"
             return Seen(address.name, id, address, problem)
-        finally:
-            await member.release()
         problem = ""
         off = reply.unix_seconds - time.time()
         if abs(off) > MOST_CLOCK_SECONDS:

@@ -292,6 +292,12 @@ class Member:
         self._incoming.put_nowait(wire.FromNode())  # for who waits for a word
         self._on_loss(why, told.missed)
 
+    async def __aenter__(self) -> "Member":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.release()
+
     async def release(self) -> None:
         """End the session, if there is one, and leave the node idle."""
         self._is_over = True

@@ -8,7 +8,7 @@ from typing import TypeVar
 from ..quant.gguf import ModelFile, Tensor
 from ..runtime.memory import is_cache_possible
 from ..runtime.room import cell_bytes
-from .codec import VALUE_BYTES
+from .codec import MICRO_BATCH, VALUE_BYTES
 from .costs import Links, ModelCosts
 from .device import Device
 from .errors import PlanImpossible
@@ -34,12 +34,12 @@ class Wish:
     is_disk_allowed: bool = False
     rounds: int = 0
     """0 leaves the choice to the plan."""
-    n_batch: int = 64
+    n_batch: int = MICRO_BATCH
     guessed: float = 0.0
     """Share of a lone answer's tokens that the ring is expected to guess right."""
 
     @classmethod
-    def of(cls, n_sequences: int, is_disk_allowed: bool = False, rounds: int = 0, n_batch: int = 64) -> "Wish":
+    def of(cls, n_sequences: int, is_disk_allowed: bool = False, rounds: int = 0, n_batch: int = MICRO_BATCH) -> "Wish":
         """One sequence asks for latency, several for throughput."""
         if n_sequences == 1:
             return cls("latency", None, is_disk_allowed, rounds, n_batch)
@@ -67,7 +67,7 @@ class Wish:
 
 
 def model_costs(
-    file: ModelFile, n_context: int, cache_type: str, row_type: str = "f32", n_batch: int = 64
+    file: ModelFile, n_context: int, cache_type: str, row_type: str = "f32", n_batch: int = MICRO_BATCH
 ) -> ModelCosts:
     """What the layers of a file weigh, with a cache of `n_context` cells."""
     layers = [file.layer(i) for i in range(file.n_layers)]

@@ -15,9 +15,9 @@ from ..runtime import native
 from ..runtime.cache import Cache
 from ..runtime.engine import Span
 from ..runtime.errors import InputError
+from .codec import MICRO_BATCH
 
 _N_VOCAB, _N_HEADS, _N_CONTEXT = 256, 8, 256
-_N_PREFILL = 64
 _LEAST_SECONDS, _MOST_SECONDS, _MOST_STEPS = 0.25, 2.0, 64
 _ROWS_SECONDS = 0.1
 ROWS = (2, 4, 8, 16)
@@ -52,9 +52,9 @@ def speeds(kind: str, n_threads: int, folder: Path, n_bytes: int, n_embd: int) -
     have, and what opening a model raises.
     """
     with _opened(kind, n_threads, folder, n_bytes, n_embd) as (cache, n_weights):
-        one, prefill = _time(cache, 1), _time(cache, _N_PREFILL)
+        one, prefill = _time(cache, 1), _time(cache, MICRO_BATCH)
         rows = tuple(max(1.0, _time(cache, n, _ROWS_SECONDS) / one) for n in ROWS)
-    return Speeds(n_weights / one, n_weights * _N_PREFILL / prefill, rows)
+    return Speeds(n_weights / one, n_weights * MICRO_BATCH / prefill, rows)
 
 
 def gpu_speed(kind: str, folder: Path, n_bytes: int, n_embd: int) -> float:
@@ -73,7 +73,7 @@ def _opened(
         n_weights = _write(path, kind, n_bytes, n_embd)
         with (
             contextlib.closing(native.Model(path, n_gpu_layers)) as model,
-            contextlib.closing(Cache(model, _N_CONTEXT, 1, _N_PREFILL, n_threads, "f16")) as cache,
+            contextlib.closing(Cache(model, _N_CONTEXT, 1, MICRO_BATCH, n_threads, "f16")) as cache,
         ):
             yield cache, n_weights
 

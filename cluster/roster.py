@@ -1,7 +1,6 @@
 """Which nodes of a ring are there: a lost one is looked after until it answers again."""
 
 import asyncio
-import contextlib
 import math
 import threading
 import time
@@ -99,11 +98,8 @@ class Roster:
                     self._tell(f"{name} answers again and is used for the next request")
 
     async def _is_free(self, name: str) -> bool:
-        member = Member(self.addresses[name], self._dialer)
         try:
-            return not (await member.describe()).held_by
+            async with Member(self.addresses[name], self._dialer) as member:
+                return not (await member.describe()).held_by
         except ClusterError:
             return False
-        finally:
-            with contextlib.suppress(ClusterError):
-                await member.release()

@@ -50,6 +50,17 @@ def part_names(name: str) -> list[str]:
     return [f"{stem}-{i:05}-of-{count}.gguf" for i in range(1, int(count) + 1)]
 
 
+def is_further_part(name: str) -> bool:
+    """True for a file's name that says a part of a model behind the first."""
+    part = _PART.search(name)
+    return bool(part and int(part[1]) != 1)
+
+
+def stem(name: str) -> str:
+    """What a model is called by the name of its file, or of a part."""
+    return _PART.sub("", name).removesuffix(".gguf")
+
+
 def join(pieces: Sequence[Piece]) -> Header:
     """The values of the first file and the tensors of all, each with its offset within its own file's data.
 

@@ -469,11 +469,8 @@ def test_limits_of_the_cache_and_wrong_batches_are_errors(model, head, nodes, fo
 
 def describe(head, address):
     async def ask():
-        member = Member(address, head.gate)
-        try:
+        async with Member(address, head.gate) as member:
             return await member.describe()
-        finally:
-            await member.release()
 
     return asyncio.run(ask())
 
