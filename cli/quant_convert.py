@@ -140,7 +140,8 @@ def imatrix(
 ) -> None:
     """Make an importance matrix of a model from its own reasoning traces, or from a text.
 
-    It tells `quant convert --imatrix` which columns of each matrix must be kept precise.
+    It tells `quant convert --imatrix` which columns of each matrix must be kept precise. Ctrl-C ends the reading; the
+    matrix is of what was read.
 
     \b
     Examples:
@@ -172,6 +173,9 @@ def imatrix(
     if importance.reached_share < 1:
         missed = f"{1 - importance.reached_share:.1%} of the matrices"
         tell(f"{missed} are of experts that saw no token and count evenly; give more text")
+    if not importance.is_whole:
+        tell(f"interrupted: {output} is of the first {importance.n_tokens} tokens")
+        raise KeyboardInterrupt
 
 
 def _pairs(texts: list[str]) -> tuple[tuple[str, str], ...]:

@@ -115,7 +115,8 @@ def measure(
 ) -> None:
     """Measure what a quantised file, or a quantised cache, loses against a reference.
 
-    On a text or on traces: perplexities, KL divergence, same top token. On problems: accuracy, thinking length.
+    On a text or on traces: perplexities, KL divergence, same top token; Ctrl-C ends it with what was read. On problems:
+    accuracy, thinking length; with --out the same command goes on after Ctrl-C.
 
     \b
     Examples:
@@ -130,15 +131,15 @@ def measure(
     record: dict[str, Any] = {"schema": SCHEMA, "reference": _describe(sides[0]), "candidate": _describe(sides[1])}
     record |= {"on": None, "drift": None, "problems": None}
     record["versions"] = {name: version(name) for name in ("localreason", "llama-cpp-python")}
-    for lines in _measure(build.wiring(context), sides, on, material, record, out):
-        if not is_json:
-            print("\n".join(lines), flush=True)
-        try:
+    try:
+        for lines in _measure(build.wiring(context), sides, on, material, record, out):
+            if not is_json:
+                print("\n".join(lines), flush=True)
             _write(out, record)
-        except OutputError:
-            if is_json:
-                print(json.dumps(record, indent=2, allow_nan=False), flush=True)
-            raise
+    except (OutputError, KeyboardInterrupt):
+        if is_json and (record["drift"] or record["problems"]):
+            print(json.dumps(record, indent=2, allow_nan=False), flush=True)
+        raise
     if is_json:
         print(json.dumps(record, indent=2, allow_nan=False))
 
@@ -165,9 +166,12 @@ def _measure(
 ) -> Iterator[list[str]]:
     """What was found, in lines, as soon as it stands in the record."""
     if material.text is not None:
-        record["on"], drift = _drift(sides, on, material)
+        record["on"], drift, n_left = _drift(sides, on, material)
         record["drift"] = asdict(drift)
         yield drift_lines(drift)
+        if n_left:
+            tell(f"interrupted: this is of {drift.n_chunks} of {drift.n_chunks + n_left} chunks")
+            raise KeyboardInterrupt
     if on.problems is not None:
         record["on_problems"], comparison = _paired(wiring, sides, on.problems, material.problems, out)
         record["problems"] = asdict(comparison)
@@ -186,8 +190,8 @@ def _describe(side: Side) -> dict[str, Any]:
     return row | {"bits_per_weight": round(known.bits_per_weight, 4)}
 
 
-def _drift(sides: list[Side], on: _On, material: Material) -> "tuple[dict[str, Any], Drift]":
-    """What was compared on, and the result."""
+def _drift(sides: list[Side], on: _On, material: Material) -> "tuple[dict[str, Any], Drift, int]":
+    """What was compared on, the result, and how many chunks were left out by Ctrl-C."""
     from ..quant.measure import check_vocabulary, compare, cut
     from ..quant.traces import trace_encoder
 
@@ -206,7 +210,8 @@ def _drift(sides: list[Side], on: _On, material: Material) -> "tuple[dict[str, A
         chunks = cut(tokens, tokenizer.prefix, on.n_context, on.n_tokens)
         drift = compare(reference, candidate, chunks, names, _progress(len(chunks)))
     row = {"name": source.name, "sha256": hashlib.sha256(data.encode()).hexdigest()}
-    return row | {"kind": "traces" if material.traces else "text", "n_tokens": drift.n_chunks * on.n_context}, drift
+    row |= {"kind": "traces" if material.traces else "text", "n_tokens": drift.n_chunks * on.n_context}
+    return row, drift, len(chunks) - drift.n_chunks
 
 
 def _open(side: Side, n_context: int, stack: ExitStack) -> "tuple[LlamaEngine, LlamaTokenizer]":

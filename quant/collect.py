@@ -36,7 +36,8 @@ def collect(
     """Evaluate texts, at most `n_tokens` tokens of them, and sum the squares of each weight's inputs.
 
     `report` is told of the tokens done. Layers go to a GPU where there is one: all, if their number is not given.
-    Raises ModelError, OutOfMemory, InputError, DecodeFailed.
+    A KeyboardInterrupt ends the reading; the matrix is of what was read. Raises ModelError, OutOfMemory, InputError,
+    DecodeFailed.
     """
     names = [name for name in ModelFile(model).tensors if name.startswith("blk.") or name == "output.weight"]
     squares = Squares([name for name in names if name.endswith(".weight")])
@@ -52,7 +53,7 @@ def collect(
         chunks = _chunks(documents, tokenizer, n_chunk, n_tokens)
         cache = Cache(opened, n_chunk, 1, _N_BATCH, n_threads, "f16", watch=squares.callback)
         try:
-            n_done = _evaluate(cache, squares, chunks, report)
+            n_done, is_whole = _evaluate(cache, squares, chunks, report)
         finally:
             cache.close()
     finally:
@@ -61,11 +62,14 @@ def collect(
         raise InputError(f"{dataset} holds no text; give a file with some")
     if not squares.sums:
         raise ModelUnsupported(f"{model} has no weights whose inputs can be watched; take another model")
-    return _importance(squares, n_done, n_chunk, dataset)
+    return _importance(squares, n_done, n_chunk, dataset, is_whole)
 
 
-def _evaluate(cache: Cache, squares: Squares, chunks: Iterator[list[int]], report: Callable[[int], None] | None) -> int:
-    """Run the chunks in a thread of their own, which Ctrl-C does not reach; the number of tokens."""
+def _evaluate(
+    cache: Cache, squares: Squares, chunks: Iterator[list[int]], report: Callable[[int], None] | None
+) -> tuple[int, bool]:
+    """Run the chunks in a thread of their own, which Ctrl-C does not reach; the number of tokens, and whether these are
+    all. Each matrix counts its rows, so it may be left in the middle of a batch."""
     n_done = 0
     with ThreadPoolExecutor(1) as worker:
         try:
@@ -82,18 +86,23 @@ def _evaluate(cache: Cache, squares: Squares, chunks: Iterator[list[int]], repor
                     if report is not None:
                         report(n_done)
                 cache.remove(0, 0)
+        except KeyboardInterrupt:
+            squares.is_stopped = True
+            if not n_done:
+                raise
+            return n_done, False
         except BaseException:
             squares.is_stopped = True
             raise
-    return n_done
+    return n_done, True
 
 
-def _importance(squares: Squares, n_tokens: int, n_chunk: int, dataset: str) -> Importance:
+def _importance(squares: Squares, n_tokens: int, n_chunk: int, dataset: str, is_whole: bool) -> Importance:
     entries = {
         name: Entry(sums.astype(np.float32), squares.counts[name].astype(np.float32))
         for name, sums in squares.sums.items()
     }
-    return Importance(entries, -(-n_tokens // n_chunk), n_chunk, dataset, n_tokens)
+    return Importance(entries, -(-n_tokens // n_chunk), n_chunk, dataset, n_tokens, is_whole)
 
 
 def _chunks(

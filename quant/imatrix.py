@@ -42,6 +42,8 @@ class Importance:
     chunk_tokens: int
     dataset: str = ""
     n_tokens: int | None = None
+    is_whole: bool = True
+    """False where the reading was interrupted."""
 
     @property
     def reached_share(self) -> float:

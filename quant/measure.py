@@ -106,6 +106,7 @@ def compare(
 ) -> Drift:
     """Evaluate chunks of one length in both engines, whose vocabularies are the same, in sequence 0.
 
+    A KeyboardInterrupt behind the first chunk ends it; the drift is that of the chunks that both have evaluated.
     Raises ModelBroken where logits are not finite, InputError where a chunk is longer than an engine's context.
     """
     n_context = len(chunks[0])
@@ -117,17 +118,23 @@ def compare(
             )
     first = n_context // 2
     kept = np.empty((n_context - first - 1, reference.n_vocab), np.float32)
-    scores: list[Values] = []
-    for number, chunk in enumerate(chunks, 1):
-        for position, rows in score_rows(reference, chunk, first):
-            kept[position - first : position - first + len(rows)] = rows
-        _check(kept, names[0], number)
-        for position, rows in score_rows(candidate, chunk, first):
-            _check(rows, names[1], number)
-            end = position + len(rows)
-            scores.append(_scores(kept[position - first : end - first], rows, chunk[position + 1 : end + 1]))
-        on_chunk(number)
-    return _summarise(np.concatenate(scores), n_context, len(chunks))
+    scores: list[list[Values]] = []
+    try:
+        for number, chunk in enumerate(chunks, 1):
+            for position, rows in score_rows(reference, chunk, first):
+                kept[position - first : position - first + len(rows)] = rows
+            _check(kept, names[0], number)
+            found = []
+            for position, rows in score_rows(candidate, chunk, first):
+                _check(rows, names[1], number)
+                end = position + len(rows)
+                found.append(_scores(kept[position - first : end - first], rows, chunk[position + 1 : end + 1]))
+            scores.append(found)
+            on_chunk(number)
+    except KeyboardInterrupt:
+        if not scores:
+            raise
+    return _summarise(np.concatenate([part for found in scores for part in found]), n_context, len(scores))
 
 
 def score_rows(engine: Engine, chunk: list[int], first: int) -> Iterator[tuple[int, Logits]]:

@@ -1,12 +1,19 @@
 """`localreason quant measure` and `quant choose`: results, files, and mistakes that are told in a sentence."""
 
+import contextlib
 import json
+import os
+import pty
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from localreason.cli.build import Wiring
 from localreason.cli.main import ExitCode, main
+from localreason.quant.imatrix import read_importance
 from tests.cli.fake import wiring
 from tests.gguf_models import write_model
 
@@ -237,3 +244,36 @@ def test_mistakes_in_choosing_are_sentences(tiny_model, text, capsys, args, code
     assert found == code, told
     assert reason in told
     assert "bug" not in told
+
+
+@pytest.mark.parametrize(
+    ("args", "seen"),
+    [
+        ("measure tiny.gguf tiny.gguf --context 16 --text long.txt --json --out o", b"chunks"),
+        ("imatrix tiny.gguf -o o --from long.txt", b"tokens"),
+    ],
+)
+def test_what_was_read_before_ctrl_c_is_written(tiny_model, home, args, seen):
+    (home / "tiny.gguf").write_bytes(tiny_model.read_bytes())
+    (home / "long.txt").write_text("In the beginning there was the word. " * 4000)
+    parent, child = pty.openpty()
+    command = [sys.executable, "-c", "from localreason.cli.main import run; run()", "quant", *args.split()]
+    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=child, cwd=home, env=environment) as process:
+        os.close(child)
+        told = b""
+        while seen not in told:
+            told += os.read(parent, 1024)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(parent, 1024):
+                told += data
+        printed = process.stdout.read()
+    os.close(parent)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert b"interrupted: " in told
+    if args.startswith("measure"):
+        assert json.loads(printed) == json.loads((home / "o").read_text())
+        assert 0 < json.loads(printed)["drift"]["n_chunks"] < 4000 * 37 // 16
+    else:
+        assert read_importance(home / "o").entries

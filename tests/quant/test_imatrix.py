@@ -161,12 +161,26 @@ def test_the_examples_that_lead_a_model_to_think_are_there_once(tiny_model):
         assert len(first) > len(second) + 300
 
 
-def test_ctrl_c_ends_the_collection(tiny_model):
+def test_ctrl_c_leaves_the_matrix_of_what_was_read(tiny_model):
     def interrupt(n_tokens: int) -> None:
+        if n_tokens >= 200:
+            raise KeyboardInterrupt
+
+    found = collect(tiny_model, [TEXT], "text", report=interrupt)
+    whole = collect(tiny_model, [TEXT], "text", found.n_tokens)
+    assert (found.n_tokens, found.is_whole, whole.is_whole) == (256, False, True)
+    for name, entry in whole.entries.items():
+        assert found.entries[name].sums.tolist() == entry.sums.tolist()
+        assert found.entries[name].counts.tolist() == entry.counts.tolist()
+
+
+def test_ctrl_c_before_anything_was_read_leaves_nothing(tiny_model):
+    def interrupted():
         raise KeyboardInterrupt
+        yield ""
 
     with pytest.raises(KeyboardInterrupt):
-        collect(tiny_model, [TEXT], "text", report=interrupt)
+        collect(tiny_model, interrupted(), "text")
 
 
 def test_activations_that_are_not_finite_are_an_error(tmp_path):

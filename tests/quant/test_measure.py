@@ -73,6 +73,29 @@ def test_the_second_halves_of_chunks_are_scored_by_the_closed_forms_whatever_the
     assert reference.n_used == candidate.n_used == 0
 
 
+def test_ctrl_c_leaves_the_drift_of_the_chunks_that_both_evaluated():
+    chunks = [[(3 * i + j) % N_VOCAB for j in range(16)] for i in range(4)]
+
+    def interrupt_at(n):
+        def on_chunk(n_done):
+            if n_done == n:
+                raise KeyboardInterrupt
+
+        return on_chunk
+
+    def drift(chunks, **options):
+        return compare(*(ScriptedEngine(sloped(s), N_VOCAB, n_batch=5) for s in (0.5, -0.3)), chunks, **options)
+
+    assert drift(chunks, on_chunk=interrupt_at(2)) == drift(chunks[:2]) != drift(chunks)
+
+    class Interrupted(ScriptedEngine):
+        def submit(self, batch):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(Interrupted(sloped(0.5), N_VOCAB), ScriptedEngine(sloped(0.5), N_VOCAB), chunks)
+
+
 def test_the_same_file_does_not_diverge_and_a_smaller_cache_type_does(tiny_model):
     random = np.random.default_rng(0)
     chunks = cut([int(token) for token in random.integers(0, 250, 200)], [], 64)
