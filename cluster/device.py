@@ -187,7 +187,9 @@ def measure(
         if gpu:
             gpu_speed = probe.gpu_speed(kind, folder, probe_bytes, n_embd)
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written to: {error}; choose another folder or free space") from error
+        raise OutputError(
+            f"{folder} cannot be written to: {error}; free space, or set LOCALREASON_CLUSTER_CACHE"
+        ) from error
     return Device(
         name=name or _clean(platform.node()) or "this machine",
         **_free(gpu, gpu_speed > max(speed.decode for speed in speeds.values())),
@@ -253,7 +255,7 @@ def profile(
         with replacing(path) as part:
             part.write_text(device.to_json(), "utf-8")
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}; choose another folder or free space") from error
+        raise OutputError(f"{path} cannot be written: {error}; free space, or set LOCALREASON_CLUSTER_CACHE") from error
     return device
 
 

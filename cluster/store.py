@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .errors import ClusterError, ProtocolError
 _MOST_PARTS = 1 << 16
 _LONGEST_HEADER = 16 << 20
 _LOCK_SECONDS = 600
+_ELSEWHERE = "choose another folder by --cache of `localreason node`, or LOCALREASON_CLUSTER_CACHE"
 _WINDOW = re.compile(r"[0-9a-f]{64}\.gguf(\.part)?")
 """What a window file is named: of other models in the folder none is counted, and none deleted."""
 
@@ -145,9 +146,10 @@ class Store:
 
     def _is_whole(self, recipe: Recipe) -> bool:
         path = self.path(recipe)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if path.stat().st_size == recipe.n_bytes:
-                os.utime(path)
+                with contextlib.suppress(OSError):  # where nothing can be written what is here can be read
+                    os.utime(path)
                 return True
         return False
 
@@ -232,9 +234,7 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ClusterError(
-                f"{self.folder} cannot be made: {error.strerror}; choose another cache folder"
-            ) from error
+            raise ClusterError(f"{self.folder} cannot be made: {error.strerror}; {_ELSEWHERE}") from error
 
 
 class Building:
@@ -252,7 +252,8 @@ class Building:
         self._n_done = 0
         """Parts that are whole, from the first on."""
         try:
-            self._lock.acquire()
+            with _writing(self._path):
+                self._lock.acquire()
         except Timeout as error:
             raise ClusterError(
                 f"another process has been writing {self._path} for {_LOCK_SECONDS} s; end it and try again"
@@ -261,8 +262,9 @@ class Building:
     def resume(self) -> None:
         """Take over the parts that an earlier attempt finished; their digests are checked again."""
         is_new = not self._path.exists()
-        self._file = self._path.open("w+b" if is_new else "r+b")
-        self._write(self.recipe.header)
+        with _writing(self._path):
+            self._file = self._path.open("w+b" if is_new else "r+b")
+            self._file.write(self.recipe.header)
         size = self._path.stat().st_size
         for piece, offset in zip(self.recipe.pieces, self._offsets, strict=True):
             if is_new or offset + piece.n_bytes > size or _digest(self._path, offset, piece.n_bytes) != piece.sha256:
@@ -284,12 +286,13 @@ class Building:
         found = self._store.find(self.recipe, piece)
         if found is None:
             return False
-        self._file.seek(self._offsets[index])
         digest = hashlib.sha256()
         try:
-            for block in blocks(*found, piece.n_bytes):
-                digest.update(block)
-                self._write(block)
+            with _writing(self._path):
+                self._file.seek(self._offsets[index])
+                for block in blocks(*found, piece.n_bytes):
+                    digest.update(block)
+                    self._file.write(block)
         except ModelError:
             return False
         return digest.digest() == piece.sha256
@@ -303,8 +306,9 @@ class Building:
             raise ProtocolError(
                 f"bytes {offset} of part {index} came; {self._n_written} of {self._n_done} were awaited"
             )
-        self._file.seek(self._offsets[index] + offset)
-        self._write(data)
+        with _writing(self._path):
+            self._file.seek(self._offsets[index] + offset)
+            self._file.write(data)
         self._digest.update(data)
         self._n_written += len(data)
         if self._n_written < piece.n_bytes:
@@ -314,18 +318,14 @@ class Building:
         self._n_done += 1
         return True
 
-    def _write(self, data: bytes) -> None:
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise ClusterError(f"{self._path} cannot be written: {error.strerror}; free some space") from error
-
     def finish(self) -> Path:
-        """Put the whole file in its place. Raises ModelBroken for a header that llama.cpp would fall over."""
-        self._file.truncate(self.recipe.n_bytes)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Put the whole file in its place. Raises ModelBroken for a header that llama.cpp would fall over, ClusterError
+        where it cannot be written."""
+        with _writing(self._path):
+            self._file.truncate(self.recipe.n_bytes)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         values = read_header(self._path)
         check_header(values, self._path)
         if values.get("general.architecture") not in ARCHITECTURES:
@@ -333,15 +333,19 @@ class Building:
         path = self._store.path(self.recipe)
         places = {p.sha256.hex(): offset for p, offset in zip(self.recipe.pieces, self._offsets, strict=True)}
         _replace(path.with_name(path.stem + ".parts.json"), json.dumps(places))
-        self._path.replace(path)
+        with _writing(path):
+            self._path.replace(path)
         self.close()
         return path
 
     def close(self) -> None:
         """Leave the file as it is, to go on with another time."""
-        if self._file is not None:
-            self._file.close()
-        self._lock.release()
+        try:
+            if self._file is not None:
+                with _writing(self._path):
+                    self._file.close()
+        finally:
+            self._lock.release()
 
 
 def _digest(path: Path, offset: int, n_bytes: int) -> bytes:
@@ -353,8 +357,16 @@ def _digest(path: Path, offset: int, n_bytes: int) -> bytes:
 
 def _replace(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
+    with _writing(path), replacing(path) as part:
+        part.write_text(text)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the system says against writing a file, as ClusterError."""
     try:
-        with replacing(path) as part:
-            part.write_text(text)
+        yield
+    except Timeout:  # of a lock, which counts among these
+        raise
     except OSError as error:
-        raise ClusterError(f"{path} cannot be written: {error.strerror}; free some space") from error
+        raise ClusterError(f"{path} cannot be written: {error.strerror}; free some space, or {_ELSEWHERE}") from error

@@ -175,6 +175,16 @@ def test_recipes_of_impossible_sizes_are_refused(header, pieces):
         Recipe(header, pieces)
 
 
+@pytest.mark.parametrize("ending", ["lock", "gguf.part"])
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, file, ending):
+    store = Store(tmp_path, 1 << 30)
+    _, recipe = recipe_of(store, file, 0, 1)
+    (tmp_path / f"{recipe.name}.{ending}").mkdir()  # nothing can be opened there, by root neither
+    for _ in range(2):  # the lock is not kept
+        with pytest.raises(ClusterError, match=r"cannot be written: Is a directory; .* --cache"):
+            store.build(recipe)
+
+
 def test_digests_are_read_once(tmp_path, file):
     store = Store(tmp_path, 1 << 30)
     found = store.digests(file)
