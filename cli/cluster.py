@@ -71,9 +71,12 @@ def pair(
       localreason cluster pair attic
       localreason cluster pair 192.168.1.20:7411
     """
+    from ..cluster.pairing import is_code
     from ..cluster.pairing import pair as pair_with
     from .ring import make_home
 
+    if code is not None and not is_code(code):
+        raise InputError(f"--code is {code!r:.40}; give the six digits that the node shows")
     home = make_home(config.load({}))
     host, port = asyncio.run(_find(node))
     if port == 65535:

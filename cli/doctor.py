@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..runtime.errors import OutputError
 from . import config
 
 if TYPE_CHECKING:
@@ -44,8 +45,11 @@ def doctor(
     settings = config.load({"peers": peers})
     home = make_home(settings)
     n_threads = settings.settings.threads or physical_cores()
-    device = profile(home.cache, n_threads, ["Q8_0", "Q4_K"], "head", fresh)
-    report = {"machine": _machine(device, home), "network": asyncio.run(_network(home, settings.settings.peers))}
+    try:
+        machine = _machine(profile(home.cache, n_threads, ["Q8_0", "Q4_K"], "head", fresh), home)
+    except OutputError as error:  # the network can be looked at all the same
+        machine = [_row("cache", str(error), "without it no speed can be measured, and no ring formed", ok=False)]
+    report = {"machine": machine, "network": asyncio.run(_network(home, settings.settings.peers))}
     if is_json:
         print(json.dumps(report, indent=2))
         return

@@ -17,7 +17,7 @@ from .errors import ClusterError
 from .gate import LOOPBACK, PlainGate, TlsGate
 from .identity import MOST_NAME, OFF_DATE, Identity, Peer, Peers, off_date, shown
 from .link import LinkBook
-from .member import STRANGER, UNTRUSTED, Address, Member
+from .member import OTHER_PROTOCOL, STRANGER, UNTRUSTED, Address, Member
 from .store import Store
 from .wire import ring_pb2 as wire
 
@@ -174,7 +174,8 @@ class Home:
         problem = f"is not paired: run `localreason cluster pair {shlex.quote(label)}`"
         for peer in sorted(self.peers.list(), key=lambda peer: _host(peer) != host):
             seen = await self._ask(Address(peer.name, host, port, peer.certificate.decode()), peer.id, types)
-            if seen.reply is not None or UNTRUSTED in seen.problem or seen.problem.startswith(_REFUSED):
+            known = (UNTRUSTED, OTHER_PROTOCOL, _REFUSED)
+            if seen.reply is not None or any(words in seen.problem for words in known):
                 return seen
             if seen.problem.startswith(OFF_DATE):
                 problem = f"may be {peer.name}, which {seen.problem}"
@@ -198,7 +199,9 @@ class Home:
     async def _ask(self, address: Address, id: str, types: list[str]) -> Seen:
         try:
             async with Member(address, self.gate) as member:
-                reply = await member.describe(types)
+                reply = await member.describe()
+                if types:  # which has a long deadline, so who does not answer is found out before
+                    reply = await member.describe(types)
         except ClusterError as error:
             problem = str(error).removeprefix(address.name).strip()
             # TLS says no more of a date than of a certificate that is another's.

@@ -35,6 +35,7 @@ _MOST_WORDS = 8
 _OPEN_SECONDS = 2.0
 UNTRUSTED = "does not trust this machine any more; pair again with `localreason cluster pair`"
 STRANGER = "is another machine than the one that was paired; pair again with `localreason cluster pair`"
+OTHER_PROTOCOL = "speaks protocol"
 _NO_TLS = "answers without encryption: it runs with --plaintext, or is no node"
 _ASLEEP = "did not answer in time; see whether it is awake"
 _UNREACHABLE = "cannot be reached or ended the connection; see whether `localreason node` runs there"
@@ -117,13 +118,16 @@ class Member:
             reply = await self._stub().Describe(request, timeout=_PROFILE_SECONDS if types else _CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             why, seconds = reason(error), time.monotonic() - started
-            # TLS 1.3 refuses a client after its handshake, which looks like an end of the connection, and at once.
+            # TLS 1.3 refuses a client after its handshake, which looks like an end of the connection, and at once; a
+            # node that sleeps says nothing until gRPC gives the handshake up.
             if why == _UNREACHABLE and self.address.certificate and await self._is_listening():
-                why = UNTRUSTED if seconds < _CALL_SECONDS else _ASLEEP
+                why = UNTRUSTED
+            if why == UNTRUSTED and seconds >= _CALL_SECONDS:
+                why = _ASLEEP
             raise NodeLost(f"{self.name} at {write_peer(self.address.host, self.address.port)} {why}") from error
         if reply.protocol != PROTOCOL:
             raise ProtocolError(
-                f"{self.name} speaks protocol {reply.protocol} and this machine {PROTOCOL}; update the older one"
+                f"{self.name} {OTHER_PROTOCOL} {reply.protocol} and this machine {PROTOCOL}; update the older one"
             )
         return reply
 

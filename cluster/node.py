@@ -321,7 +321,10 @@ async def serve(
     try:
         port = add_port(server)
     except RuntimeError as error:
-        raise ClusterError(f"the port cannot be used: {error}; choose another by --port") from error
+        why = str(error).partition(";")[0]  # of gRPC's own advice
+        raise ClusterError(
+            f"the port cannot be used ({why}): another node may run here; choose one by --port"
+        ) from error
     await server.start()
     try:
         await ready(port)

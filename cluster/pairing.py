@@ -276,13 +276,21 @@ async def _answer(line: Line) -> dict[str, Any]:
     return value
 
 
+def is_code(text: str) -> bool:
+    """True for six digits, as a person may group them."""
+    return len(code := _digits(text)) == 6 and code.isascii() and code.isdigit()
+
+
+def _digits(text: str) -> str:
+    return "".join(text.replace("-", " ").split())
+
+
 async def _ask(ask_code: Callable[[str], str], prompt: str) -> str:
     """Six digits from the person. A slip in typing is asked again: only a code that is sent counts as an attempt."""
     for _ in range(_N_TRIES):
         text = await _in_thread(ask_code, prompt)
-        code = "".join(text.replace("-", " ").split())
-        if len(code) == 6 and code.isascii() and code.isdigit():
-            return code
+        if is_code(text):
+            return _digits(text)
         prompt = "The code has six digits, e.g. 492 817: "
     raise ProtocolError(f"no code of six digits was given in {_N_TRIES} tries; run the command again")
 

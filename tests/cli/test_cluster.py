@@ -13,6 +13,7 @@ import pytest
 
 from localreason.cli.config import load
 from localreason.cli.doctor import clock_row, look_at_nodes
+from localreason.cli.main import ExitCode
 from localreason.cli.ring import find_nodes, measure_machines, open_ring
 from localreason.cluster.costs import Links
 from localreason.cluster.device import Device
@@ -237,7 +238,8 @@ def test_a_model_that_this_machine_alone_has_to_read_from_disk_is_opened_so(tmp_
         assert engine.decode([Span(0, 0, [1], 1)]).shape == (1, engine.n_vocab)
 
 
-def test_a_silent_machine_is_not_asked_once_for_each_pairing_nor_called_distrustful(tmp_path, monkeypatch):
+@pytest.mark.parametrize("types", [(), ("Q4_K",)])
+def test_a_silent_machine_is_not_asked_once_for_each_pairing_nor_called_distrustful(tmp_path, monkeypatch, types):
     monkeypatch.setattr("localreason.cluster.member._CALL_SECONDS", 1.0)
     laptop = Head(tmp_path)
     for name in ("attic", "desk", "phone"):
@@ -250,9 +252,24 @@ def test_a_silent_machine_is_not_asked_once_for_each_pairing_nor_called_distrust
 
     monkeypatch.setattr(Member, "describe", noted)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        [seen] = asyncio.run(Home(laptop.folder).survey(0, [f"127.0.0.1:{silent.getsockname()[1]}"]))
+        [seen] = asyncio.run(Home(laptop.folder).survey(0, [f"127.0.0.1:{silent.getsockname()[1]}"], types))
     assert "did not answer in time" in seen.problem
     assert len(asked) == 2, "one call, and a look at whether it speaks without encryption"
+
+
+def test_a_doctor_who_cannot_measure_still_looks_at_the_network(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("LOCALREASON_CLUSTER_CACHE", str(tmp_path / "file"))
+    out, _ = run("doctor", "--json")
+    report = json.loads(out)
+    assert [(row["what"], row["ok"]) for row in report["machine"]] == [("cache", False)]
+    assert "LOCALREASON_CLUSTER_CACHE" in report["machine"][0]["found"]
+    assert "addresses" in [row["what"] for row in report["network"]]
+
+
+def test_a_code_that_is_none_does_not_count_as_an_attempt(run):
+    _, told = run("cluster", "pair", "127.0.0.1:1", "--code", "abc", code=ExitCode.INPUT)
+    assert "--code is 'abc'; give the six digits that the node shows" in told
 
 
 def test_what_is_for_a_ring_only_is_refused_without_one(run):
