@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from .row import Row, n_sampled
-from .say import safe
+from .say import Line, safe
 
 if TYPE_CHECKING:
     from ..runtime.events import Event
@@ -66,6 +66,7 @@ class Stream:
             self._console.out(text, style=style, end="", highlight=False)
             self._console.file.flush()
             self._tail = (self._tail + text)[-2:]
+            Line.is_begun = self._console.is_terminal and not text.endswith("\n")
 
 
 def summary(row: Row, n_tokens: int, seconds: float) -> list[str]:

@@ -15,6 +15,14 @@ def safe(text: str) -> str:
     return _UNSAFE.sub("", text)
 
 
+class Line:
+    """The line of the terminal that a reply is being written in."""
+
+    is_begun = False
+
+
 def tell(sentence: str) -> None:
-    """Say something on standard error; the chat shows it as a notice."""
-    print(f"localreason: {safe(sentence)}", file=sys.stderr, flush=True)
+    """Say something on standard error; the chat shows it as a notice. A reply that is being written goes on below."""
+    start = "\n" if Line.is_begun and sys.stderr.isatty() else ""
+    Line.is_begun = False
+    print(f"{start}localreason: {safe(sentence)}", file=sys.stderr, flush=True)

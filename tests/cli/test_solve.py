@@ -1,6 +1,7 @@
 """`localreason solve` with a scripted model: what is shown, what is saved, how it ends, how it goes on."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -16,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from localreason.cli.main import ExitCode, main
+from localreason.cli.render import Stream
 from localreason.cli.results import Results, Row, problem_hash
+from localreason.cli.say import tell
 from localreason.runtime.errors import OutputError
 from tests.cli.conftest import rows
 from tests.cli.fake import FakeModel, wiring
@@ -325,3 +328,22 @@ def test_a_disk_that_fails_at_a_sync_is_said_of_the_results(home: Path, monkeypa
         with pytest.raises(OutputError, match=r"r\.jsonl cannot be written: .*quota"):
             results.tick()
     results.close()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_is_told_in_the_middle_of_a_reply_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    terminal = Terminal()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, terminal)
+    stream = Stream()
+    stream.write("Tom has", "answer")
+    tell("attic is lost")
+    tell("going on without attic")
+    stream.write(" 12 apples.\n", "answer")
+    tell("done")
+    told = [f"localreason: {text}\n" for text in ("attic is lost", "going on without attic", "done")]
+    assert terminal.getvalue() == f"Tom has\n{told[0]}{told[1]} 12 apples.\n{told[2]}"
