@@ -180,7 +180,7 @@ class Home:
             if seen.problem.startswith(OFF_DATE):
                 problem = f"may be {peer.name}, which {seen.problem}"
             elif STRANGER not in seen.problem:
-                problem = seen.problem
+                problem = seen.problem.removeprefix(f"at {label} ")
                 break  # whoever it is, it does not answer the next one either
         if host in LOOPBACK and await self._is_plain_there(Address(label, host, port)):
             problem = _PLAIN_THERE
