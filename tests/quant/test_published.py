@@ -24,15 +24,6 @@ from tests.gguf_models import write_large, write_split
 MIB = 1 << 20
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in [name for name in os.environ if name.startswith("LOCALREASON_")]:
-        monkeypatch.delenv(name)
-    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    return tmp_path
-
-
 def test_a_remote_header_is_read_in_few_growing_ranges(home: Path):
     path = write_large(home / "m.gguf", "Q8_0", n_tokens=150_000)
     asked: list[tuple[int, int]] = []
